@@ -1,0 +1,145 @@
+// Argument checks, called by the CPU and the CUDA kernels before any memory is touched, so that both say the same
+// sentence: op, expected, got.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace torch_mlp {
+
+// Throws Error with the parts as its message. STD_TORCH_CHECK would put this file's path on the builder's machine into
+// the sentence, and knows no exception but RuntimeError.
+template <typename Error = std::runtime_error, typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw Error(message.str());
+  }
+}
+
+template <typename Sizes>
+std::string shape_of(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    text << (d ? ", " : "") << sizes[d];
+  }
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline std::string device_of(const torch::stable::Tensor& self) {
+  return self.is_cpu() ? "cpu" : "cuda:" + std::to_string(self.get_device_index());
+}
+
+inline void check_floating(const char* op, const char* name, const torch::stable::Tensor& self) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = self.scalar_type();
+  check(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+            dtype == ScalarType::Half,
+        op, ": expected ", name, " of dtype Double, Float, BFloat16 or Half, got ",
+        torch::headeronly::toString(dtype));
+}
+
+inline void check_same_device(const char* op, const char* name, const torch::stable::Tensor& self,
+                              const torch::stable::Tensor& input) {
+  check(self.is_cpu() == input.is_cpu() && self.get_device_index() == input.get_device_index(), op, ": expected ",
+        name, " on the device of input, ", device_of(input), ", got ", device_of(self));
+}
+
+inline void check_like_input(const char* op, const char* name, const torch::stable::Tensor& self,
+                             const torch::stable::Tensor& input) {
+  check_same_device(op, name, self, input);
+  check(self.scalar_type() == input.scalar_type(), op, ": expected ", name, " of the dtype of input, ",
+        torch::headeronly::toString(input.scalar_type()), ", got ", torch::headeronly::toString(self.scalar_type()));
+}
+
+template <typename Sizes>
+void check_shape(const char* op, const char* name, const torch::stable::Tensor& self, const Sizes& expected) {
+  check(shape_of(self.sizes()) == shape_of(expected), op, ": expected ", name, " of shape ", shape_of(expected),
+        ", got ", shape_of(self.sizes()));
+}
+
+// --- linear_act: input (*, in_features), weight (out_features, in_features), bias (out_features,) ---
+
+inline void check_linear_act(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                             const std::optional<torch::stable::Tensor>& bias) {
+  check_floating(op, "input", input);
+  check_like_input(op, "weight", weight, input);
+  check(input.dim() >= 1, op, ": expected input of shape (*, in_features), got a scalar");
+  check(weight.dim() == 2 && weight.size(1) == input.size(input.dim() - 1), op,
+        ": expected weight of shape (out_features, ", input.size(input.dim() - 1), "), got ",
+        shape_of(weight.sizes()));
+  if (bias) {
+    check_like_input(op, "bias", *bias, input);
+    check_shape(op, "bias", *bias, std::vector<int64_t>{weight.size(0)});
+  }
+}
+
+inline void check_linear_act_backward(const char* op, const torch::stable::Tensor& grad_output,
+                                      const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                                      const torch::stable::Tensor& output) {
+  check_linear_act(op, input, weight, std::nullopt);
+  std::vector<int64_t> output_sizes(input.sizes().begin(), input.sizes().end());
+  output_sizes.back() = weight.size(0);
+  check_like_input(op, "output", output, input);
+  check_shape(op, "output", output, output_sizes);
+  check_like_input(op, "grad_output", grad_output, input);
+  check_shape(op, "grad_output", grad_output, output_sizes);
+}
+
+// --- cross_entropy: input (batch, num_classes), target (batch,), weight (num_classes,) ---
+
+enum class Reduction { None, Mean, Sum };
+
+inline Reduction check_reduction(const char* op, const std::string& name) {
+  check<std::invalid_argument>(name == "none" || name == "mean" || name == "sum", op,
+                               ": expected reduction to be one of none, mean, sum, got '", name, "'");
+  return name == "none" ? Reduction::None : name == "mean" ? Reduction::Mean : Reduction::Sum;
+}
+
+inline void check_cross_entropy(const char* op, const torch::stable::Tensor& input,
+                                const torch::stable::Tensor& target,
+                                const std::optional<torch::stable::Tensor>& weight, double label_smoothing) {
+  check_floating(op, "input", input);
+  check(input.dim() == 2, op, ": expected input of shape (batch, num_classes), got ", shape_of(input.sizes()));
+  check(target.scalar_type() == torch::headeronly::ScalarType::Long, op, ": expected target of dtype Long, got ",
+        torch::headeronly::toString(target.scalar_type()));
+  check_same_device(op, "target", target, input);
+  check<std::invalid_argument>(target.dim() == 1 && target.size(0) == input.size(0), op,
+                               ": expected target of shape (", input.size(0), ",), got ", shape_of(target.sizes()));
+  if (weight) {
+    check_like_input(op, "weight", *weight, input);
+    check_shape(op, "weight", *weight, std::vector<int64_t>{input.size(1)});
+  }
+  check(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, ": expected label_smoothing in [0, 1], got ",
+        label_smoothing);
+}
+
+inline void check_cross_entropy_backward(const char* op, const torch::stable::Tensor& grad_output,
+                                         const torch::stable::Tensor& input, const torch::stable::Tensor& target,
+                                         const std::optional<torch::stable::Tensor>& weight,
+                                         const torch::stable::Tensor& lse, const torch::stable::Tensor& total_weight,
+                                         Reduction reduction, double label_smoothing) {
+  check_cross_entropy(op, input, target, weight, label_smoothing);
+  using torch::headeronly::ScalarType;
+  const ScalarType compute = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  for (const auto& [name, self] : {std::pair{"lse", &lse}, std::pair{"total_weight", &total_weight}}) {
+    check_same_device(op, name, *self, input);
+    check(self->scalar_type() == compute, op, ": expected ", name, " of dtype ", torch::headeronly::toString(compute),
+          ", got ", torch::headeronly::toString(self->scalar_type()));
+  }
+  check_shape(op, "lse", lse, std::vector<int64_t>{2, input.size(0)});
+  check_shape(op, "total_weight", total_weight, std::vector<int64_t>{});
+  check_like_input(op, "grad_output", grad_output, input);
+  check_shape(op, "grad_output", grad_output,
+              reduction == Reduction::None ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{});
+}
+
+}  // namespace torch_mlp

@@ -1,0 +1,23 @@
+// Every operator of the package: its table of contents. Kernels register themselves, csrc/cpu/<op>.cpp for CPU tensors
+// and csrc/cuda/<op>.cu for CUDA tensors; fake kernels and autograd live in torch_mlp/ops/<op>.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(torch_mlp, m) {
+  // output = activation(input @ weight.T + bias), (*, in_features) -> (*, out_features)
+  m.def("linear_act(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
+
+  // (grad_input, grad_weight, grad_bias); one that is not needed comes back as an empty tensor
+  m.def(
+      "_linear_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, str activation, "
+      "bool needs_grad_input, bool needs_grad_weight, bool needs_grad_bias) -> (Tensor, Tensor, Tensor)");
+
+  // (loss, lse, total_weight); lse (2, batch) holds each row's maximum and log(sum(exp(row - maximum)))
+  m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
+      "float label_smoothing) -> (Tensor, Tensor, Tensor)");
+
+  // grad_input from the saved lse and total_weight
+  m.def(
+      "_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
+      "Tensor total_weight, str reduction, int ignore_index, float label_smoothing) -> Tensor");
+}
