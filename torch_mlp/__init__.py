@@ -1,1 +1,19 @@
+"""torch_mlp: fused, differentiable multilayer perceptron ops and layers for PyTorch.
 
+>>> import torch, torch_mlp
+>>> model = torch_mlp.nn.MLP(784, [512], 10)
+>>> loss = torch_mlp.functional.cross_entropy(model(torch.rand(64, 784)), torch.randint(10, (64,)))
+>>> loss.backward()
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from torch_mlp import functional, nn
+
+try:
+    __version__ = _version("torch_mlp")
+except _PackageNotFoundError:  # imported from a source tree that was built in place, not installed
+    __version__ = "0+unknown"
+
+__all__ = ["__version__", "functional", "nn"]

@@ -1,0 +1,30 @@
+"""Fused losses."""
+
+import torch
+from torch import Tensor
+
+from torch_mlp import functional
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    r"""Softmax cross-entropy of logits and class indices: :class:`torch.nn.CrossEntropyLoss` in one op.
+
+    Arguments, buffers and state_dict are torch's; see :func:`torch_mlp.functional.cross_entropy` for shapes, dtypes,
+    errors and the formula.
+
+    Example:
+        >>> criterion = CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(2, 10), torch.tensor([3, 7]))
+        tensor(2.3026)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Loss of logits (batch, num_classes) and class indices (batch,)."""
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )

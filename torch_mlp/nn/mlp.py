@@ -1,0 +1,120 @@
+"""The multilayer perceptron."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_mlp.nn.linear import LinearAct
+
+
+class MLP(torch.nn.Sequential):
+    r"""A multilayer perceptron: fused hidden layers, then a linear layer that gives logits.
+
+    With hidden layers of widths h1, h2, ... it computes ``h = activation(x @ W1.T + b1)``, the same again for each
+    further layer, and ``logits = h @ W.T + b``.
+
+    The state_dict has the keys of ``torch.nn.Sequential(Linear, Sigmoid, Linear, ...)``, in which the activations take a
+    place but have no parameters: "0.weight", "0.bias", "2.weight", ... Checkpoints move both ways.
+
+    Args:
+        in_features: number of inputs.
+        hidden_features: width of each hidden layer; one int for one layer, an empty sequence for none (softmax
+            regression).
+        out_features: number of outputs, one for each class.
+        activation: of the hidden layers: "identity", "sigmoid", "tanh" or "relu".
+        bias: whether the layers have biases.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        - input: :math:`(*, in\_features)`
+        - output: :math:`(*, out\_features)`, logits
+
+    Raises:
+        ValueError: if the activation is not known or a width is not positive.
+
+    Example:
+        >>> model = MLP(2, [1024, 512], 3)
+        >>> model.num_parameters()
+        529411
+        >>> model
+        MLP(
+          (0): LinearAct(in_features=2, out_features=1024, bias=True, activation=sigmoid)
+          (2): LinearAct(in_features=1024, out_features=512, bias=True, activation=sigmoid)
+          (4): LinearAct(in_features=512, out_features=3, bias=True, activation=identity)
+        )
+
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 5.1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Sequence[int],
+        out_features: int,
+        activation: str = "sigmoid",
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        hidden = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
+        widths = [in_features, *hidden, out_features]
+        if any(width < 1 for width in widths):
+            raise ValueError(f"MLP: expected every layer to have at least 1 feature, got {widths}")
+        activations = [activation] * len(hidden) + ["identity"]
+        layers = [
+            LinearAct(ins, outs, bias, device, dtype, act)
+            for ins, outs, act in zip(widths[:-1], widths[1:], activations, strict=True)
+        ]
+        super().__init__(OrderedDict((str(2 * place), layer) for place, layer in enumerate(layers)))
+        self.in_features = in_features
+        self.hidden_features = tuple(hidden)
+        self.out_features = out_features
+        self.activation = activation
+
+    def init_gaussian_(self, std: float = 0.1, generator: torch.Generator | None = None) -> "MLP":
+        """Draw every weight from a Gaussian of mean 0 and the given standard deviation, and set every bias to 0.
+
+        The initialisation of the lecture; without this call the layers have that of :class:`torch.nn.Linear`. Returns the
+        model, so that ``MLP(784, 512, 10).init_gaussian_()`` works.
+
+        Example:
+            >>> model = MLP(784, 512, 10).init_gaussian_(std=0.05)
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(parameter)
+            else:
+                torch.nn.init.normal_(parameter, std=std, generator=generator)
+        return self
+
+    @torch.no_grad()
+    def predict_proba(self, input: Tensor) -> Tensor:
+        r"""Class probabilities, the softmax of the logits: :math:`(*, in\_features)` to :math:`(*, out\_features)`.
+
+        Example:
+            >>> MLP(784, [512], 10).predict_proba(torch.rand(64, 784)).sum(-1).allclose(torch.ones(64))
+            True
+        """
+        return torch.softmax(self(input), dim=-1)
+
+    @torch.no_grad()
+    def predict(self, input: Tensor) -> Tensor:
+        r"""The most probable class of each sample: :math:`(*, in\_features)` to :math:`(*)`, int64.
+
+        Example:
+            >>> MLP(784, [512], 10).predict(torch.rand(64, 784)).shape
+            torch.Size([64])
+        """
+        return self(input).argmax(dim=-1)
+
+    def num_parameters(self) -> int:
+        """Number of parameters of the model, weights and biases.
+
+        Example:
+            >>> MLP(784, [512], 10).num_parameters()
+            407050
+        """
+        return sum(parameter.numel() for parameter in self.parameters())

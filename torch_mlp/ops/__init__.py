@@ -1,0 +1,32 @@
+"""The compiled ops and their autograd, one module per op.
+
+Importing this package loads the compiled library, which registers every op in ``torch.ops.torch_mlp``.
+"""
+
+from importlib.util import find_spec
+
+import torch
+
+
+def _load_library() -> None:
+    spec = find_spec("torch_mlp._C")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "torch_mlp is not built here: type `pip install -e . --no-build-isolation` in its source folder, "
+            "or import it from another folder if it is installed"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        raise ImportError(
+            f"torch_mlp was built for torch >= 2.10 and cannot be loaded with torch {torch.__version__}: type "
+            f"`pip install --force-reinstall --no-deps --no-build-isolation torch_mlp` to build it for this torch ({error})"
+        ) from error
+
+
+_load_library()
+
+from torch_mlp.ops.cross_entropy import cross_entropy  # noqa: E402 - the library comes first
+from torch_mlp.ops.linear_act import ACTIVATIONS, linear_act  # noqa: E402
+
+__all__ = ["ACTIVATIONS", "cross_entropy", "linear_act"]

@@ -1,0 +1,145 @@
+"""The op ``linear_act``: output = activation(input @ weight.T + bias).
+
+With z = x W^T + b, y = act(z) and an incoming gradient gy:
+
+    gz = gy * act'(z)      gx = gz W      gW = gz^T x      gb = sum of gz over the batch
+
+act'(z) is expressed through y, so the backward pass keeps x, W and y, never z. (Bishop, Pattern Recognition and Machine
+Learning, 2006, section 5.3.)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_mlp.ops.transforms import in_transform
+
+forward_op = torch.ops.torch_mlp.linear_act.default
+backward_op = torch.ops.torch_mlp._linear_act_backward.default
+
+
+class Activation(NamedTuple):
+    """An activation in ATen calls: what csrc/activation.h computes, and the second derivative it does not need."""
+
+    forward: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]  # dy/dz, as a function of y
+    curvature: Callable[[Tensor], Tensor]  # d(dy/dz)/dy, as a function of y
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": Activation(lambda z: z, torch.ones_like, torch.zeros_like),
+    "sigmoid": Activation(torch.sigmoid, lambda y: y * (1 - y), lambda y: 1 - 2 * y),
+    "tanh": Activation(torch.tanh, lambda y: 1 - y * y, lambda y: -2 * y),
+    "relu": Activation(torch.relu, lambda y: (y > 0).to(y.dtype), torch.zeros_like),
+}
+
+
+@torch.library.register_fake("torch_mlp::linear_act")
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("torch_mlp::_linear_act_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    activation: str,
+    needs_grad_input: bool,
+    needs_grad_weight: bool,
+    needs_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        input.new_empty(input.shape if needs_grad_input else 0),
+        input.new_empty(weight.shape if needs_grad_weight else 0),
+        input.new_empty(weight.shape[0] if needs_grad_bias else 0),
+    )
+
+
+def reference(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The op composed of ATen calls."""
+    return ACTIVATIONS[activation].forward(torch.nn.functional.linear(input, weight, bias))
+
+
+def _as_matrix(self: Tensor) -> Tensor:
+    return self.unsqueeze(0).flatten(0, -2)
+
+
+class LinearActBackward(torch.autograd.Function):
+    """The backward pass as a differentiable function of its own, so that double backward works."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        output: Tensor,
+        activation: str,
+        needs_grad: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias; None for those not needed."""
+        ctx.save_for_backward(grad_output, input, weight, output)
+        ctx.activation = activation
+        ctx.set_materialize_grads(False)
+        grads = backward_op(grad_output, input, weight, output, activation, *needs_grad)
+        return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of grad_output, input, weight and output.
+
+        With u, V, t the gradients that come in for gx, gW and gb, the pass computes <u, gz W> + <V, gz^T x> + <t, gb>,
+        whose derivative by gz is v = u W^T + x V^T + t.
+        """
+        grad_grad_input, grad_grad_weight, grad_grad_bias = grad_grads
+        grad_output, input, weight, output = ctx.saved_tensors
+        activation = ACTIVATIONS[ctx.activation]
+        if all(grad is None for grad in grad_grads):
+            return (None,) * 6
+        derivative = activation.derivative(output)
+        grad_z = grad_output * derivative
+
+        grad_grad_z = torch.zeros_like(grad_z)
+        grad_of_input = grad_of_weight = None
+        if grad_grad_input is not None:
+            grad_grad_z = grad_grad_z + torch.nn.functional.linear(grad_grad_input, weight)
+            grad_of_weight = _as_matrix(grad_z).mT @ _as_matrix(grad_grad_input)
+        if grad_grad_weight is not None:
+            grad_grad_z = grad_grad_z + torch.nn.functional.linear(input, grad_grad_weight)
+            grad_of_input = grad_z @ grad_grad_weight
+        if grad_grad_bias is not None:
+            grad_grad_z = grad_grad_z + grad_grad_bias
+        grad_of_output = grad_grad_z * grad_output * activation.curvature(output)
+        return grad_grad_z * derivative, grad_of_input, grad_of_weight, grad_of_output, None, None
+
+
+class LinearAct(torch.autograd.Function):
+    """The fused forward pass; its backward pass is LinearActBackward."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """Output of shape (*, out_features)."""
+        output = forward_op(input, weight, bias, activation)
+        ctx.save_for_backward(input, weight, output)
+        ctx.activation = activation
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias, each only where it is needed."""
+        input, weight, output = ctx.saved_tensors
+        grads = LinearActBackward.apply(
+            grad_output, input, weight, output, ctx.activation, tuple(ctx.needs_input_grad[:3])
+        )
+        return (*grads, None)
+
+
+def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The one entry: the reference inside functional transforms, the fused op everywhere else."""
+    if in_transform():
+        return reference(input, weight, bias, activation)
+    return LinearAct.apply(input, weight, bias, activation)
