@@ -9,11 +9,11 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
-from torch_mlp import functional, nn
+from torch_mlp import functional, nn, ops
 
 try:
     __version__ = _version("torch_mlp")
 except _PackageNotFoundError:  # imported from a source tree that was built in place, not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "functional", "nn"]
+__all__ = ["__version__", "functional", "nn", "ops"]

@@ -29,4 +29,11 @@ _load_library()
 from torch_mlp.ops.cross_entropy import cross_entropy  # noqa: E402 - the library comes first
 from torch_mlp.ops.linear_act import ACTIVATIONS, linear_act  # noqa: E402
 
-__all__ = ["ACTIVATIONS", "cross_entropy", "linear_act"]
+
+
+def has_cuda_kernels() -> bool:
+    """Whether the compiled library holds the CUDA kernels, not only the CPU's."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("torch_mlp::linear_act", "CUDA")
+
+
+__all__ = ["ACTIVATIONS", "cross_entropy", "has_cuda_kernels", "linear_act"]

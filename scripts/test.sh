@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes the environment (scripts/setup.sh), then runs all tests.
+# Usage: scripts/test.sh [pytest options]      VENV=DIR chooses the environment
+# TORCH_MLP_DATA=DIR names the folder that holds MNIST/raw, for the tests on real MNIST.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh
+echo "test: pytest $*"
+exec "${VENV:-.venv}/bin/python" -m pytest "$@"
