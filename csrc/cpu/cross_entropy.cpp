@@ -3,7 +3,7 @@
 //   p = softmax(x)      lse = log(sum_c exp(x_c)) = m + s, with m = max_c x_c and s = log(sum_c exp(x_c - m))
 //   forward     l_i  = (1 - e) w_y (lse - x_y) + e / C * sum_c w_c (lse - x_c)      reduced by none, sum, or
 //               mean = sum_i l_i / sum_i w_y(i)
-//   backward    gx_c = g_i * (((1 - e) w_y + e / C * sum_k w_k) p_c - (1 - e) w_y [c = y] - e / C * w_c)
+//   backward    gx_c = g_i * ((1 - e) w_y (p_c - [c = y]) + e / C * (p_c sum_k w_k - w_c))
 //
 // Shapes: x (batch, num_classes), y (batch,), w (num_classes,), lse (2, batch) = (m, s). e is the label smoothing. Rows
 // whose target is ignore_index have loss 0 and gradient 0, whatever they hold.
@@ -127,14 +127,15 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
           : options.reduction == Reduction::Sum ? double(*grad_output)
                                                 : double(*grad_output) / double(total_weight);
       const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[target[i]]) : 1.0);
-      const compute at_target = compute(scale * row_weight);
-      const compute of_softmax = compute(scale * (row_weight + smoothing * weight_sum));
-      const compute of_weight = compute(scale * smoothing);
+      const compute of_target = compute(scale * row_weight), of_smoothing = compute(scale * smoothing);
       const compute maximum = lse[i], log_sum = lse[rows + i];
       for (int64_t c = 0; c < classes; ++c) {
         const compute p = std::exp((compute(x[c]) - maximum) - log_sum);
-        const compute rest = of_weight * (weight ? compute(weight[c]) : compute(1)) + (c == target[i] ? at_target : 0);
-        grad[c] = scalar_t(of_softmax * p - rest);
+        compute gradient = of_target * (p - compute(c == target[i]));
+        if (options.label_smoothing > 0) {
+          gradient += of_smoothing * (compute(weight_sum) * p - (weight ? compute(weight[c]) : compute(1)));
+        }
+        grad[c] = scalar_t(gradient);
       }
     }
   });

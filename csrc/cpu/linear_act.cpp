@@ -50,7 +50,7 @@ void activation_backward(const scalar_t* gy, const scalar_t* y, scalar_t* gz, sc
   const int64_t block_rows = std::max(kMinSumRows, ceil_div(rows, kMaxSumBlocks));
   const int64_t blocks = ceil_div(rows, block_rows);
   std::vector<sum_t<scalar_t>> sums(gb ? blocks * cols : 0);
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (block_rows * cols));
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * cols));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * block_rows; i < std::min(end * block_rows, rows); ++i) {
       sum_t<scalar_t>* sum = gb ? sums.data() + i / block_rows * cols : nullptr;

@@ -1,0 +1,68 @@
+"""What several test files share: the devices, the real data, and how an error is measured."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_mlp
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def why_no_cuda() -> str | None:
+    """The reason to skip a CUDA test, None where it can run."""
+    if not torch.cuda.is_available():
+        return "needs a GPU: torch finds no CUDA device"
+    if not torch_mlp.ops.has_cuda_kernels():
+        return "needs the CUDA kernels: torch_mlp was built without them"
+    return None
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and (reason := why_no_cuda()):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder that holds MNIST/raw."""
+    if "TORCH_MLP_DATA" not in os.environ:
+        pytest.skip("needs real MNIST: set TORCH_MLP_DATA to the folder that holds MNIST/raw")
+    return Path(os.environ["TORCH_MLP_DATA"])
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+def assert_no_less_accurate(ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
+    """Our root mean square error against float64 truth is at most 1.5 times that of eager torch.
+
+    A tenth of a unit in the last place is allowed in any case: below that the comparison is one of luck. In float64 the
+    truth has errors of its own, and 32 units are allowed.
+    """
+    assert ours.dtype == eager.dtype
+    assert ours.shape == eager.shape == truth.shape
+    assert truth.dtype == torch.float64
+    floor = (32 if ours.dtype == torch.float64 else 0.1) * torch.finfo(ours.dtype).eps * truth.square().mean().sqrt()
+    error, eager_error = ((value.double() - truth).square().mean().sqrt() for value in (ours, eager))
+    assert error <= 1.5 * eager_error + floor, f"error {error:.3g}, eager's {eager_error:.3g}"
+
+
+def clones(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def assert_same_bits(before: list[torch.Tensor], after: list[torch.Tensor]) -> None:
+    for left, right in zip(before, after, strict=True):
+        assert torch.equal(left, right.detach())
