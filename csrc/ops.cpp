@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "_linear_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, str activation, "
       "bool needs_grad_input, bool needs_grad_weight, bool needs_grad_bias) -> (Tensor, Tensor, Tensor)");
 
-  // (loss, lse, total_weight); lse (2, batch) holds each row's maximum and log(sum(exp(row - maximum)))
+  // (loss, lse, total_weight); lse (2, batch) holds each row's maximum and sum(exp(row - maximum))
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
       "float label_smoothing) -> (Tensor, Tensor, Tensor)");

@@ -49,12 +49,12 @@ def assert_no_less_accurate(ours: torch.Tensor, eager: torch.Tensor, truth: torc
     """Our root mean square error against float64 truth is at most 1.5 times that of eager torch.
 
     A tenth of a unit in the last place is allowed in any case: below that the comparison is one of luck. In float64 the
-    truth has errors of its own, and 32 units are allowed.
+    truth has errors of its own, and 128 units are allowed.
     """
     assert ours.dtype == eager.dtype
     assert ours.shape == eager.shape == truth.shape
     assert truth.dtype == torch.float64
-    floor = (32 if ours.dtype == torch.float64 else 0.1) * torch.finfo(ours.dtype).eps * truth.square().mean().sqrt()
+    floor = (128 if ours.dtype == torch.float64 else 0.1) * torch.finfo(ours.dtype).eps * truth.square().mean().sqrt()
     error, eager_error = ((value.double() - truth).square().mean().sqrt() for value in (ours, eager))
     assert error <= 1.5 * eager_error + floor, f"error {error:.3g}, eager's {eager_error:.3g}"
 

@@ -1,13 +1,13 @@
 // Softmax cross-entropy with class-index targets on the CPU.
 //
-//   p = softmax(x)      lse = log(sum_c exp(x_c)) = m + s, with m = max_c x_c and s = log(sum_c exp(x_c - m))
+//   lse = log(sum_c exp(x_c)) = m + log(s), with m = max_c x_c and s = sum_c exp(x_c - m)      p = exp(x - m) / s
 //   forward     l_i  = (1 - e) w_y (lse - x_y) + e / C * sum_c w_c (lse - x_c)      reduced by none, sum, or
 //               mean = sum_i l_i / sum_i w_y(i)
 //   backward    gx_c = g_i * ((1 - e) w_y (p_c - [c = y]) + e / C * (p_c sum_k w_k - w_c))
 //
 // Shapes: x (batch, num_classes), y (batch,), w (num_classes,), lse (2, batch) = (m, s). e is the label smoothing. Rows
 // whose target is ignore_index have loss 0 and gradient 0, whatever they hold.
-// lse is kept as its two summands, for m + s would lose the digits of s when the logits are large: exp((x - m) - s) is as
+// lse is kept as m and s, for m + log(s) would lose the digits of log(s) when the logits are large: exp(x - m) / s is as
 // exact for logits near 10,000 as for logits near 0.
 // Fused: softmax and loss in one visit of a row while it is in cache; the gradient in one sweep, p never stored.
 // Threads: by blocks of rows. The loss is summed per block, then over the blocks; their number depends on the shape
@@ -74,7 +74,7 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
       }
       const double log_sum = std::log(exp_sum);
       lse[i] = maximum;
-      lse[rows + i] = compute(log_sum);
+      lse[rows + i] = compute(exp_sum);
 
       double row_loss = 0, row_weight = 0;
       if (target[i] != options.ignore_index) {
@@ -128,9 +128,9 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
                                                 : double(*grad_output) / double(total_weight);
       const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[target[i]]) : 1.0);
       const compute of_target = compute(scale * row_weight), of_smoothing = compute(scale * smoothing);
-      const compute maximum = lse[i], log_sum = lse[rows + i];
+      const compute maximum = lse[i], normaliser = compute(1) / lse[rows + i];
       for (int64_t c = 0; c < classes; ++c) {
-        const compute p = std::exp((compute(x[c]) - maximum) - log_sum);
+        const compute p = std::exp(compute(x[c]) - maximum) * normaliser;
         compute gradient = of_target * (p - compute(c == target[i]));
         if (options.label_smoothing > 0) {
           gradient += of_smoothing * (compute(weight_sum) * p - (weight ? compute(weight[c]) : compute(1)));
