@@ -127,16 +127,17 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
           : options.reduction == Reduction::Sum ? double(*grad_output)
                                                 : double(*grad_output) / double(total_weight);
       const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[target[i]]) : 1.0);
-      const compute of_target = compute(scale * row_weight), of_smoothing = compute(scale * smoothing);
-      const compute maximum = lse[i], normaliser = compute(1) / lse[rows + i];
+      const double maximum = lse[i], sum = lse[rows + i];
+      const compute of_exp = compute(scale * (row_weight + smoothing * weight_sum) / sum);
+      const compute of_weight = compute(scale * smoothing);
       for (int64_t c = 0; c < classes; ++c) {
-        const compute p = std::exp(compute(x[c]) - maximum) * normaliser;
-        compute gradient = of_target * (p - compute(c == target[i]));
-        if (options.label_smoothing > 0) {
-          gradient += of_smoothing * (compute(weight_sum) * p - (weight ? compute(weight[c]) : compute(1)));
-        }
-        grad[c] = scalar_t(gradient);
+        grad[c] = scalar_t(of_exp * std::exp(compute(x[c]) - compute(maximum)) -
+                           of_weight * (weight ? compute(weight[c]) : compute(1)));
       }
+      // The target's own: here digits cancel as p nears 1, and one class alone must give exactly 0.
+      const int64_t c = target[i];
+      const double p = std::exp(double(x[c]) - maximum) / sum;
+      grad[c] = scalar_t(scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
     }
   });
 }
