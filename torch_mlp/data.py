@@ -113,8 +113,9 @@ def _load_torchvision(name: str, root: Path, notify: Callable[[str], None]) -> D
     source = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[name]
     folder = root / source.__name__ / "raw"
     names = [Path(archive).stem for archive, _ in source.resources]
-    if not all((folder / file).exists() for file in names):
-        _download(source, root, folder, notify)
+    if not _all_exist(folder, names):
+        notify(f"Downloading {source.__name__} to {folder}")
+        _download(source, root, folder, names)
     train_images, train_labels, test_images, test_labels = (_read_idx(folder / file) for file in names)
     for images, labels, file in ((train_images, train_labels, names[1]), (test_images, test_labels, names[3])):
         if len(images) != len(labels):
@@ -122,12 +123,17 @@ def _load_torchvision(name: str, root: Path, notify: Callable[[str], None]) -> D
     return Dataset(source.__name__, train_images, train_labels, test_images, test_labels, scale=1 / 255)
 
 
-def _download(source: type, root: Path, folder: Path, notify: Callable[[str], None]) -> None:
-    notify(f"Downloading {source.__name__} to {folder}")
+def _all_exist(folder: Path, names: list[str]) -> bool:
+    return all((folder / name).exists() for name in names)
+
+
+def _download(source: type, root: Path, folder: Path, names: list[str]) -> None:
     with _socket_timeout(_DOWNLOAD_TIMEOUT), contextlib.redirect_stdout(io.StringIO()):
         try:
             source(root, download=True)
-        except (RuntimeError, OSError) as error:  # torchvision's own, and the network's or the disk's
+        except Exception as error:  # the network's, the disk's, or torchvision's own on what it found or got
+            if _all_exist(folder, names):
+                return  # it failed to read one of them: _read_idx names it
             reason = str(error).strip().splitlines()[-1]
             raise _NotAvailableError(
                 f"{source.__name__} is not in {folder} and cannot be downloaded ({reason}); put its four files there, "

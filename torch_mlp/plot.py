@@ -34,6 +34,8 @@ def training_report(
     curves, grid = figure.subfigures(2, 1, height_ratios=(3, 2.6))
     loss_axes, accuracy_axes = curves.subplots(1, 2)
     for name, history in histories.items():
+        if not history:
+            continue
         epochs = [metrics.epoch for metrics in history]
         (line,) = loss_axes.plot(epochs, [m.train_loss for m in history], "--", label=f"{name}, train")
         loss_axes.plot(epochs, [m.test_loss for m in history], "o-", color=line.get_color(), label=f"{name}, test")
@@ -52,6 +54,6 @@ def training_report(
         axes.axis("off")
         if place < len(wrong):
             index = wrong[place]
-            axes.imshow(images[index], cmap="gray_r")
+            axes.imshow(images[index].numpy(), cmap="gray_r")
             axes.set_title(f"{labels[index]} taken for {predictions[index]}", fontsize=8)
     return figure

@@ -150,10 +150,12 @@ def train(
     """
     if lr_decay not in LR_DECAYS:
         raise ValueError(f"train: expected lr_decay to be one of {', '.join(LR_DECAYS)}, got {lr_decay!r}")
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"train: expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
     like = next(model.parameters())
     generator = torch.Generator(like.device).manual_seed(seed)
     num_samples = len(data.train_images)
-    steps = epochs * math.ceil(num_samples / batch_size) if batch_size > 0 else 0
+    steps = epochs * math.ceil(num_samples / batch_size)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1 - step / steps if lr_decay == "linear" else 1.0

@@ -3,13 +3,19 @@
 Importing this package loads the compiled library, which registers every op in ``torch.ops.torch_mlp``.
 """
 
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 
 
 def _load_library() -> None:
-    spec = find_spec("torch_mlp._C")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise ImportError(
+            f"torch_mlp needs torch >= 2.10, got torch {torch.__version__}: type `pip install --upgrade torch`"
+        )
+    # Beside this file and nowhere else: an editable install elsewhere has a library of its own.
+    spec = PathFinder.find_spec("torch_mlp._C", [str(Path(__file__).parent.parent)])
     if spec is None or spec.origin is None:
         raise ImportError(
             "torch_mlp is not built here: type `pip install -e . --no-build-isolation` in its source folder, "
@@ -19,8 +25,8 @@ def _load_library() -> None:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         raise ImportError(
-            f"torch_mlp was built for torch >= 2.10 and cannot be loaded with torch {torch.__version__}: type "
-            f"`pip install --force-reinstall --no-deps --no-build-isolation torch_mlp` to build it for this torch ({error})"
+            f"torch_mlp's library cannot be loaded with torch {torch.__version__}: type `pip install --no-build-isolation "
+            f"--force-reinstall --no-deps .` in its source folder to build it for this torch ({error})"
         ) from error
 
 

@@ -1,0 +1,122 @@
+"""torch_mlp/nn/mlp.py."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+
+from torch_mlp.functional import ACTIVATIONS, cross_entropy
+from torch_mlp.nn import MLP
+
+STOCK = {
+    "identity": torch.nn.Identity,
+    "sigmoid": torch.nn.Sigmoid,
+    "tanh": torch.nn.Tanh,
+    "relu": torch.nn.ReLU,
+}
+
+
+def stock_mlp(widths, activation, bias=True):
+    layers = []
+    for ins, outs in zip(widths[:-1], widths[1:], strict=True):
+        layers += [torch.nn.Linear(ins, outs, bias), STOCK[activation]()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def test_parameter_count_of_the_lecture():
+    assert MLP(2, [1024, 512], 3).num_parameters() == 529_411
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden", [[], [4], [4, 6, 3]], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_as_a_stock_sequential_with_its_checkpoints(device, activation, hidden, bias):
+    ours = MLP(5, hidden, 3, activation, bias).to(device)
+    stock = stock_mlp([5, *hidden, 3], activation, bias).to(device)
+    stock.load_state_dict(ours.state_dict())
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter)
+    ours.load_state_dict(stock.state_dict())
+    assert list(ours.state_dict()) == list(stock.state_dict())
+
+    input, target = torch.randn(7, 5, device=device), torch.randint(3, (7,), device=device)
+    torch.testing.assert_close(ours(input), stock(input))
+    cross_entropy(ours(input), target).mul(1.7).backward()
+    torch.nn.functional.cross_entropy(stock(input), target).mul(1.7).backward()
+    for our, their in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(our.grad, their.grad)
+
+
+def test_one_hidden_layer_may_be_given_as_a_number():
+    assert repr(MLP(5, 4, 3)) == repr(MLP(5, [4], 3))
+
+
+def test_predict(device):
+    model = MLP(5, 4, 3).to(device)
+    input = torch.randn(2, 7, 5, device=device)
+    probabilities = model.predict_proba(input)
+    torch.testing.assert_close(probabilities, torch.softmax(model(input), -1))
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 7, device=device))
+    assert torch.equal(model.predict(input), probabilities.argmax(-1))
+    assert not probabilities.requires_grad
+
+
+def test_gaussian_initialisation():
+    model = MLP(300, [400], 500).init_gaussian_(std=0.3, generator=torch.Generator().manual_seed(1))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert abs(parameter.mean().item()) < 0.01
+            assert parameter.std().item() == pytest.approx(0.3, rel=0.02)
+    again = MLP(300, [400], 500).init_gaussian_(std=0.3, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_deepcopy_and_pickle(copied):
+    model, input = MLP(5, [4], 3, "tanh"), torch.randn(7, 5)
+    twin = copied(model)
+    assert torch.equal(twin(input), model(input))
+    assert (twin.hidden_features, twin.activation) == ((4,), "tanh")
+
+
+def test_compile_fullgraph(device):
+    model = MLP(5, [4, 6], 3).to(device)
+    input, target = torch.randn(7, 5, device=device), torch.randint(3, (7,), device=device)
+
+    def loss(input):
+        return cross_entropy(model(input), target)
+
+    expected = torch.autograd.grad(loss(input), list(model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's, about itself
+        found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(input), list(model.parameters()))
+    for our, their in zip(found, expected, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def test_learns_xor():
+    """Which no network without a hidden layer can."""
+    torch.manual_seed(1)
+    input = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    target = torch.tensor([0, 1, 1, 0])
+    accuracies = []
+    for hidden in ([], [4]):
+        model = MLP(2, hidden, 2).init_gaussian_(std=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+        for _ in range(500):
+            optimizer.zero_grad()
+            cross_entropy(model(input), target).backward()
+            optimizer.step()
+        accuracies.append((model.predict(input) == target).double().mean().item())
+    assert accuracies[0] <= 0.75
+    assert accuracies[1] == 1.0
+
+
+@pytest.mark.parametrize("widths", [(0, [4], 3), (5, [0], 3), (5, [4], 0), (5, [-1], 3)])
+def test_widths_must_be_positive(widths):
+    with pytest.raises(ValueError, match="MLP: expected every layer to have at least 1 feature, got"):
+        MLP(*widths)

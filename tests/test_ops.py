@@ -1,0 +1,78 @@
+"""What holds of every op: it has samples here, and passes torch's own checks of custom ops on them."""
+
+import pytest
+import torch
+
+import torch_mlp
+
+OPS = sorted(
+    name.removeprefix("torch_mlp::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("torch_mlp::")
+)
+
+
+def linear_act_samples(device):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for activation in torch_mlp.functional.ACTIVATIONS:
+            weight, bias = torch.randn(4, 5), torch.randn(4)
+            for input, maybe_bias in ((torch.randn(3, 5), bias), (torch.randn(2, 3, 5), None), (torch.randn(0, 5), bias)):
+                tensors = [None if t is None else t.to(device, dtype) for t in (input, weight, maybe_bias)]
+                yield (*tensors, activation)
+
+
+def linear_act_backward_samples(device):
+    for input, weight, _, activation in linear_act_samples(device):
+        output = torch.ops.torch_mlp.linear_act(input, weight, None, activation)
+        for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
+            yield torch.randn_like(output), input, weight, output, activation, *needs
+
+
+def cross_entropy_samples(device):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for reduction in ("none", "mean", "sum"):
+            for weight, smoothing in ((None, 0.0), (torch.rand(5), 0.1)):
+                input, target = torch.randn(3, 5).to(device, dtype), torch.tensor([4, -100, 0], device=device)
+                yield input, target, None if weight is None else weight.to(input), reduction, -100, smoothing
+
+
+def cross_entropy_backward_samples(device):
+    for input, target, weight, reduction, ignore_index, smoothing in cross_entropy_samples(device):
+        options = reduction, ignore_index, smoothing
+        loss, lse, total_weight = torch.ops.torch_mlp.cross_entropy(input, target, weight, *options)
+        yield torch.randn_like(loss), input, target, weight, lse, total_weight, *options
+
+
+SAMPLES = {
+    "linear_act": linear_act_samples,
+    "_linear_act_backward": linear_act_backward_samples,
+    "cross_entropy": cross_entropy_samples,
+    "_cross_entropy_backward": cross_entropy_backward_samples,
+}
+
+
+def test_every_op_has_samples():
+    assert set(SAMPLES) == set(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(device, name):
+    op = getattr(torch.ops.torch_mlp, name).default
+    for sample in SAMPLES[name](device):
+        results = torch.library.opcheck(op, sample)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_are_registered(name):
+    keys = ["CPU"] + ["CUDA"] * torch_mlp.ops.has_cuda_kernels()
+    for key in keys:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mlp::{name}", key)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_two_calls_give_the_same_bits(device, name):
+    op = getattr(torch.ops.torch_mlp, name).default
+    for sample in SAMPLES[name](device):
+        first, second = op(*sample), op(*sample)
+        pairs = [(first, second)] if isinstance(first, torch.Tensor) else zip(first, second, strict=True)
+        for one, two in pairs:
+            assert torch.equal(one, two)
