@@ -20,7 +20,7 @@ if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and (nvcc :=
     if top := re.search(r"^#\$ TOP=(.+)$", dryrun, re.MULTILINE):
         os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
-from torch.utils import cpp_extension  # noqa: E402 - it reads CUDA_HOME when it is imported
+from torch.utils import cpp_extension  # reads CUDA_HOME when it is imported
 
 
 def nvcc_fits_torch() -> bool:
@@ -36,7 +36,15 @@ force = os.environ.get("FORCE_CUDA")
 with_cuda = nvcc_fits_torch() if force in (None, "") else force == "1"
 print(f"torch_mlp: building for torch {torch.__version__}, {'CPU and CUDA' if with_cuda else 'CPU only'}")
 
-cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+cxx = [
+    "-O3",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
 nvcc = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 cuda_macros = [("TORCH_MLP_WITH_CUDA", None), ("USE_CUDA", None)]
 extension = (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(

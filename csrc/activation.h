@@ -77,7 +77,8 @@ void dispatch_activation(const char* op, const std::string& name, const Body& bo
   } else if (name == ReLU::name) {
     body(ReLU{});
   } else {
-    check<std::invalid_argument>(false, op, ": expected activation to be one of identity, sigmoid, tanh, relu, got '", name, "'");
+    check<std::invalid_argument>(false, op, ": expected activation to be one of identity, sigmoid, tanh, relu, got '",
+                                 name, "'");
   }
 }
 

@@ -43,14 +43,13 @@ inline void check_floating(const char* op, const char* name, const torch::stable
   const ScalarType dtype = self.scalar_type();
   check(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
             dtype == ScalarType::Half,
-        op, ": expected ", name, " of dtype Double, Float, BFloat16 or Half, got ",
-        torch::headeronly::toString(dtype));
+        op, ": expected ", name, " of dtype Double, Float, BFloat16 or Half, got ", torch::headeronly::toString(dtype));
 }
 
 inline void check_same_device(const char* op, const char* name, const torch::stable::Tensor& self,
                               const torch::stable::Tensor& input) {
-  check(self.is_cpu() == input.is_cpu() && self.get_device_index() == input.get_device_index(), op, ": expected ",
-        name, " on the device of input, ", device_of(input), ", got ", device_of(self));
+  check(self.is_cpu() == input.is_cpu() && self.get_device_index() == input.get_device_index(), op, ": expected ", name,
+        " on the device of input, ", device_of(input), ", got ", device_of(self));
 }
 
 inline void check_like_input(const char* op, const char* name, const torch::stable::Tensor& self,
@@ -74,8 +73,7 @@ inline void check_linear_act(const char* op, const torch::stable::Tensor& input,
   check_like_input(op, "weight", weight, input);
   check(input.dim() >= 1, op, ": expected input of shape (*, in_features), got a scalar");
   check(weight.dim() == 2 && weight.size(1) == input.size(input.dim() - 1), op,
-        ": expected weight of shape (out_features, ", input.size(input.dim() - 1), "), got ",
-        shape_of(weight.sizes()));
+        ": expected weight of shape (out_features, ", input.size(input.dim() - 1), "), got ", shape_of(weight.sizes()));
   if (bias) {
     check_like_input(op, "bias", *bias, input);
     check_shape(op, "bias", *bias, std::vector<int64_t>{weight.size(0)});
@@ -104,16 +102,15 @@ inline Reduction check_reduction(const char* op, const std::string& name) {
   return name == "none" ? Reduction::None : name == "mean" ? Reduction::Mean : Reduction::Sum;
 }
 
-inline void check_cross_entropy(const char* op, const torch::stable::Tensor& input,
-                                const torch::stable::Tensor& target,
+inline void check_cross_entropy(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& target,
                                 const std::optional<torch::stable::Tensor>& weight, double label_smoothing) {
   check_floating(op, "input", input);
   check(input.dim() == 2, op, ": expected input of shape (batch, num_classes), got ", shape_of(input.sizes()));
   check(target.scalar_type() == torch::headeronly::ScalarType::Long, op, ": expected target of dtype Long, got ",
         torch::headeronly::toString(target.scalar_type()));
   check_same_device(op, "target", target, input);
-  check<std::invalid_argument>(target.dim() == 1 && target.size(0) == input.size(0), op,
-                               ": expected target of shape (", input.size(0), ",), got ", shape_of(target.sizes()));
+  check<std::invalid_argument>(target.dim() == 1 && target.size(0) == input.size(0), op, ": expected target of shape (",
+                               input.size(0), ",), got ", shape_of(target.sizes()));
   if (weight) {
     check_like_input(op, "weight", *weight, input);
     check_shape(op, "weight", *weight, std::vector<int64_t>{input.size(1)});

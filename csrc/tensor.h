@@ -30,9 +30,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
-inline std::vector<int64_t> sizes_of(const Tensor& self) {
-  return {self.sizes().begin(), self.sizes().end()};
-}
+inline std::vector<int64_t> sizes_of(const Tensor& self) { return {self.sizes().begin(), self.sizes().end()}; }
 
 // A view of (rows, cols) elements that begins `offset` elements after the first one of self.
 inline Tensor matrix_view(const Tensor& self, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
@@ -70,15 +68,13 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b,
                        const std::optional<Tensor>& bias = std::nullopt) {
 #ifdef TORCH_MLP_WITH_CUDA
   if (out.is_cuda()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        bias ? aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
-             : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    STABLE_TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
+                                       : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
     return;
   }
 #endif
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
-           : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  STABLE_TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
+                                     : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // Calls body with a value of the C++ type that stores a floating-point dtype; check_floating has been called.

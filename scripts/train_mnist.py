@@ -130,7 +130,8 @@ def print_report(labels: torch.Tensor, predictions: torch.Tensor, num_classes: i
     for name, history in histories.items():
         seconds = sum(metrics.seconds for metrics in history)
         if history:
-            print(f"{name}: {100 * history[-1].test_accuracy:.2f} % test accuracy after {len(history)} epochs, {seconds:.2f} s")
+            accuracy = 100 * history[-1].test_accuracy
+            print(f"{name}: {accuracy:.2f} % test accuracy after {len(history)} epochs, {seconds:.2f} s")
     ours, *others = histories.values()
     if others and others[0] and ours:
         pairs = list(zip(ours, others[0], strict=False))
@@ -153,9 +154,7 @@ def main() -> int:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(arguments.seed)
-    model = torch_mlp.nn.MLP(
-        dataset.num_features, arguments.hidden, dataset.num_classes, arguments.activation
-    )
+    model = torch_mlp.nn.MLP(dataset.num_features, arguments.hidden, dataset.num_classes, arguments.activation)
     if arguments.init == "gaussian":
         model.init_gaussian_()
     model.to(device, getattr(torch, arguments.dtype))
@@ -199,7 +198,9 @@ def main() -> int:
         "epochs": {name: [epoch._asdict() for epoch in history] for name, history in histories.items()},
     }
     metrics.write_text(json.dumps(record, indent=2) + "\n")
-    plot.training_report(histories, dataset.test_images, dataset.test_labels, final.predictions).savefig(picture, dpi=100)
+    plot.training_report(histories, dataset.test_images, dataset.test_labels, final.predictions).savefig(
+        picture, dpi=100
+    )
     print(f"\nweights: {weights}\nmetrics: {metrics}\npicture: {picture}")
     return exit_code
 

@@ -29,7 +29,9 @@ def test_library_is_of_the_stable_abis():
     """One file for every Python from 3.10, and no symbol of torch's C++ interface, which changes with each release."""
     (library,) = Path(torch_mlp.__file__).parent.glob("_C.*")
     assert library.name == "_C.abi3.so"
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
     assert "aoti_torch" in symbols
     assert not [line for line in symbols.splitlines() if "c10" in line or "2at" in line]
 
@@ -62,7 +64,9 @@ def test_old_torch_is_refused(tmp_path):
 def test_source_distribution_holds_all_that_a_build_needs(tmp_path):
     command = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".git", ".venv", "build", "data", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "build", "data", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache"
+    )
     shutil.copytree(ROOT, source, ignore=ignore)
     subprocess.run([sys.executable, "-c", command, tmp_path], cwd=source, check=True, capture_output=True)
     (archive,) = tmp_path.glob("torch_mlp-*.tar.gz")

@@ -85,7 +85,9 @@ def test_ignore_index(device, reduction, ignore_index):
     options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": 0.2}
     grad_output = upstream(40, reduction, input)
     torch.testing.assert_close(cross_entropy(input, target, weight, **options), eager(input, target, weight, **options))
-    ours, theirs = (gradient(f, input, target, weight, grad_output=grad_output, **options) for f in (cross_entropy, eager))
+    ours, theirs = (
+        gradient(f, input, target, weight, grad_output=grad_output, **options) for f in (cross_entropy, eager)
+    )
     torch.testing.assert_close(ours, theirs)
     assert (target == ignore_index).any()
     assert not ours[target == ignore_index].any()
@@ -170,7 +172,9 @@ def test_infinite_logits(device, row, pad, label_smoothing):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
         if not (torch.isinf(theirs).any() and label_smoothing):  # there torch's gradient is NaN, see below
             grad_output = torch.tensor([0.7, -1.3], device=device)
-            our, their = (gradient(f, input, target, grad_output=grad_output, **options) for f in (cross_entropy, eager))
+            our, their = (
+                gradient(f, input, target, grad_output=grad_output, **options) for f in (cross_entropy, eager)
+            )
             torch.testing.assert_close(our, their, equal_nan=True)
 
 
@@ -192,7 +196,9 @@ def test_layouts(device, how):
         for function, arguments in ((cross_entropy, (far_target, far_weight)), (eager, (target, weight)))
     )
     torch.testing.assert_close(ours, theirs)
-    ours, theirs = (torch.autograd.grad(f(input, target, reduction="none").sum(), input)[0] for f in (cross_entropy, eager))
+    ours, theirs = (
+        torch.autograd.grad(f(input, target, reduction="none").sum(), input)[0] for f in (cross_entropy, eager)
+    )
     torch.testing.assert_close(ours, theirs)
 
 
@@ -258,7 +264,9 @@ def test_functional_transforms(device):
         ours, theirs = (torch.func.vmap(transform(loss_of(f)))(input, target) for f in (cross_entropy, eager))
         torch.testing.assert_close(ours, theirs)
     tangent = torch.randn_like(input)
-    ours, theirs = (torch.func.jvp(lambda i, f=f: f(i, target, weight), (input,), (tangent,)) for f in (cross_entropy, eager))
+    ours, theirs = (
+        torch.func.jvp(lambda i, f=f: f(i, target, weight), (input,), (tangent,)) for f in (cross_entropy, eager)
+    )
     torch.testing.assert_close(ours, theirs)
 
 

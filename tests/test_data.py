@@ -104,7 +104,9 @@ def test_auto_falls_back_on_digits_and_says_why(tmp_path):
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(("name", "title"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+@pytest.mark.parametrize(
+    ("name", "title"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
 def test_missing_data_is_an_error_that_says_what_to_do(tmp_path, name, title):
     with pytest.raises(data.DataError, match=rf"{title} is not in .*{title}.raw and cannot be downloaded .*--data-dir"):
         data.load(name, tmp_path, lambda _: None)
@@ -123,7 +125,7 @@ def test_download(tmp_path, mirror):
 
 def test_download_of_a_file_with_another_checksum(tmp_path, mirror):
     (mirror / f"{FILES[2]}.gz").write_bytes(gzip.compress(small_files()[FILES[2]]))
-    with pytest.raises(data.DataError, match="KMNIST is not in .* and cannot be downloaded"):
+    with pytest.raises(data.DataError, match=r"KMNIST is not in .* and cannot be downloaded"):
         data.load("kmnist", tmp_path, lambda _: None)
 
 
@@ -159,7 +161,9 @@ def test_a_truncated_file_is_named(fashion_dir, file, keep):
 def test_a_corrupt_file_is_named(fashion_dir, file, damage):
     path = fashion_dir / "FashionMNIST" / "raw" / file
     content = path.read_bytes()
-    other = path.with_name(file.replace("images-idx3", "x").replace("labels-idx1", "images-idx3").replace("x-", "labels-idx1-"))
+    other = path.with_name(
+        file.replace("images-idx3", "x").replace("labels-idx1", "images-idx3").replace("x-", "labels-idx1-")
+    )
     path.write_bytes(
         {
             "longer": content + b"\0",
@@ -202,7 +206,7 @@ def test_one_flipped_bit_in_mnist_is_noticed_and_never_replaced_by_digits(tmp_pa
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="load: expected name to be one of auto, mnist, .*, got 'cifar'"):
+    with pytest.raises(ValueError, match=r"load: expected name to be one of auto, mnist, .*, got 'cifar'"):
         data.load("cifar", "nowhere")
 
 

@@ -33,7 +33,7 @@ def test_table_is_complete():
     assert set(ACTIVATIONS) == set(EAGER)
 
 
-# (67, 300): tails of any vector width; (300, 4100): several cache blocks of rows; (5000, 9): several blocks of the bias sum
+# (67, 300): tails of any vector width; (300, 4100): several cache blocks; (5000, 9): several blocks of the bias sum
 @pytest.mark.parametrize(("batch", "outs"), [(1, 1), (67, 300), (300, 4100), (5000, 9)])
 @activations
 @dtypes
@@ -77,7 +77,10 @@ def test_every_combination_of_requires_grad(device, activation, needs):
         mixed = sum((grad * torch.arange(1.0, grad.numel() + 1, device=device).view_as(grad)).sum() for grad in first)
         second = torch.autograd.grad(mixed, wanted, allow_unused=True) if mixed.requires_grad else [None] * len(wanted)
         # "Not a function of this input" is as good an answer as zero.
-        return [*first, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, second, strict=True))]
+        return [
+            *first,
+            *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, second, strict=True)),
+        ]
 
     for ours, theirs in zip(first_and_second(linear_act), first_and_second(eager), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -212,7 +215,9 @@ def test_functional_transforms(device, activation):
         ours, theirs = (torch.func.vmap(transform(loss_of(f)))(input) for f in (linear_act, eager))
         torch.testing.assert_close(ours, theirs)
     tangent = torch.randn_like(input)
-    ours, theirs = (torch.func.jvp(lambda i, f=f: f(i, weight, bias, activation), (input,), (tangent,)) for f in (linear_act, eager))
+    ours, theirs = (
+        torch.func.jvp(lambda i, f=f: f(i, weight, bias, activation), (input,), (tangent,)) for f in (linear_act, eager)
+    )
     torch.testing.assert_close(ours, theirs)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(input, tangent)

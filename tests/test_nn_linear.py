@@ -75,7 +75,7 @@ def test_repr():
 
 
 def test_unknown_activation():
-    with pytest.raises(ValueError, match="LinearAct: expected activation to be one of identity, .*, got 'gelu'"):
+    with pytest.raises(ValueError, match=r"LinearAct: expected activation to be one of identity, .*, got 'gelu'"):
         LinearAct(2, 3, activation="gelu")
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ STOCK = {
 
 def stock_mlp(widths, activation, bias=True):
     layers = []
-    for ins, outs in zip(widths[:-1], widths[1:], strict=True):
+    for ins, outs in pairwise(widths):
         layers += [torch.nn.Linear(ins, outs, bias), STOCK[activation]()]
     return torch.nn.Sequential(*layers[:-1])
 

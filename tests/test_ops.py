@@ -14,7 +14,11 @@ def linear_act_samples(device):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for activation in torch_mlp.functional.ACTIVATIONS:
             weight, bias = torch.randn(4, 5), torch.randn(4)
-            for input, maybe_bias in ((torch.randn(3, 5), bias), (torch.randn(2, 3, 5), None), (torch.randn(0, 5), bias)):
+            for input, maybe_bias in (
+                (torch.randn(3, 5), bias),
+                (torch.randn(2, 3, 5), None),
+                (torch.randn(0, 5), bias),
+            ):
                 tensors = [None if t is None else t.to(device, dtype) for t in (input, weight, maybe_bias)]
                 yield (*tensors, activation)
 

@@ -108,7 +108,8 @@ def test_mnist_without_data_or_network(tmp_path):
     nowhere = tmp_path / "nowhere"
     finished = run(tmp_path, "--dataset", "mnist", "--data-dir", nowhere, code=2, no_proxy="", **proxies)
     assert re.fullmatch(
-        r"train_mnist.py: MNIST is not in .*raw and cannot be downloaded .*--data-dir\.\n", finished.stderr.splitlines(True)[-1]
+        r"train_mnist.py: MNIST is not in .*raw and cannot be downloaded .*--data-dir\.\n",
+        finished.stderr.splitlines(True)[-1],
     )
     assert "Traceback" not in finished.stderr
     options = ("--data-dir", nowhere, "--epochs", 1, "--output-dir", "out")

@@ -145,7 +145,7 @@ def test_evaluate(device, digits):
 
 def test_divergence_is_an_error(digits):
     model = nn.MLP(64, 64, 10, "relu")
-    with pytest.raises(FloatingPointError, match="train: the loss is .* in epoch .; try a lower learning rate"):
+    with pytest.raises(FloatingPointError, match=r"train: the loss is .* in epoch .; try a lower learning rate"):
         list(training.train(model, nn.CrossEntropyLoss(), digits, lr=1e30, progress=False))
 
 

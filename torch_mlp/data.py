@@ -50,13 +50,19 @@ class Dataset(NamedTuple):
 
     def first(self, count: int) -> "Dataset":
         """The first ``count`` images of each of the two parts."""
-        parts = (part[:count] for part in self[1:5])
-        return Dataset(self.name, *parts, self.scale, self.num_classes)
+        return self._map(lambda part: part[:count])
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data on another device."""
-        parts = (part.to(device) for part in self[1:5])
-        return Dataset(self.name, *parts, self.scale, self.num_classes)
+        return self._map(lambda part: part.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Dataset":
+        return self._replace(
+            train_images=function(self.train_images),
+            train_labels=function(self.train_labels),
+            test_images=function(self.test_images),
+            test_labels=function(self.test_labels),
+        )
 
 
 def load(name: str, root: str | Path, notify: Callable[[str], None] = print) -> Dataset:
@@ -165,5 +171,7 @@ def _read_idx(path: Path) -> Tensor:
     if path.parts[-3] == "MNIST" and hashlib.md5(path.read_bytes()).hexdigest() != _MNIST_MD5[path.name]:
         raise DataError(f"{path} is corrupt (its MD5 checksum is wrong); delete it and run again.")
     if len(values) == 0 or ("labels" in path.name and int(values.max()) > 9):
-        raise DataError(f"{path} is corrupt (it holds no images or labels, or labels above 9); delete it and run again.")
+        raise DataError(
+            f"{path} is corrupt (it holds no images or labels, or labels above 9); delete it and run again."
+        )
     return values

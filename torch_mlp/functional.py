@@ -1,6 +1,5 @@
 """The ops with the signatures of ``torch.nn.functional``: values, gradients of any order, ``torch.compile``."""
 
-import torch
 from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
@@ -28,13 +27,14 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
         - bias: :math:`(out\_features)`, of the dtype and device of input
 
     Returns:
-        A tensor of shape :math:`(*, out\_features)` and of the dtype of input. 16-bit dtypes are accumulated in float32.
+        A tensor of shape :math:`(*, out\_features)`, of the dtype of input. 16-bit dtypes are accumulated in float32.
 
     Raises:
         ValueError: if the activation is not known.
         RuntimeError: if a shape, dtype or device does not fit.
 
     Example:
+        >>> import torch
         >>> input, weight, bias = torch.randn(64, 784), torch.randn(512, 784), torch.randn(512)
         >>> linear_act(input, weight, bias, "tanh").shape
         torch.Size([64, 512])
@@ -50,6 +50,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """Apply a linear map and the sigmoid in one op: :func:`linear_act` with ``activation="sigmoid"``.
 
     Example:
+        >>> import torch
         >>> linear_sigmoid(torch.zeros(1, 3), torch.ones(2, 3))
         tensor([[0.5000, 0.5000]])
     """
@@ -97,14 +98,15 @@ def cross_entropy(
         ValueError: if the reduction is not known or target and input differ in batch size.
 
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
         >>> loss = cross_entropy(logits, torch.tensor([0]))
         >>> loss.backward()
         >>> loss.detach(), logits.grad
         (tensor(0.2395), tensor([[-0.2130,  0.1065,  0.1065]]))
 
-    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al., 2015,
-    arXiv:1512.00567.
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al.,
+    2015, arXiv:1512.00567.
     """
     if size_average is not None or reduce is not None:
         reduction = torch_reduction.legacy_get_string(size_average, reduce)

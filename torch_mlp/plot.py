@@ -31,7 +31,7 @@ def training_report(
         >>> figure = training_report({"torch_mlp": history}, images, labels, torch.tensor([0, 1, 2, 9]))
     """
     figure = Figure(figsize=(11, 8), layout="constrained")
-    curves, grid = figure.subfigures(2, 1, height_ratios=(3, 2.6))
+    curves, grid = (figure.add_subfigure(place) for place in figure.add_gridspec(2, 1, height_ratios=(3, 2.6)))
     loss_axes, accuracy_axes = curves.subplots(1, 2)
     for name, history in histories.items():
         if not history:
@@ -49,7 +49,9 @@ def training_report(
             axes.legend()
 
     wrong = torch.nonzero(predictions != labels).flatten()
-    grid.suptitle(f"{len(wrong)} of {len(labels)} test images misclassified" + (", the first of them:" if len(wrong) else ""))
+    grid.suptitle(
+        f"{len(wrong)} of {len(labels)} test images misclassified" + (", the first of them:" if len(wrong) else "")
+    )
     for place, axes in enumerate(grid.subplots(_ROWS, _COLUMNS).flat):
         axes.axis("off")
         if place < len(wrong):

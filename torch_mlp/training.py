@@ -128,7 +128,7 @@ def train(
         lr_decay: "linear" lowers the learning rate at every step, to reach 0 after the last; "none" keeps it.
         sampling: see :func:`minibatches`.
         seed: of the order in which images are drawn.
-        progress: whether to show a progress bar with the loss and the images per second, where there is a terminal.
+        progress: whether to show a progress bar with loss and images per second, where there is a terminal.
 
     Yields:
         An :class:`EpochMetrics` after every epoch.

@@ -7,11 +7,10 @@
 //
 // Shapes: x (batch, num_classes), y (batch,), w (num_classes,), lse (2, batch) = (m, s). e is the label smoothing. Rows
 // whose target is ignore_index have loss 0 and gradient 0, whatever they hold.
-// lse is kept as m and s, for m + log(s) would lose the digits of log(s) when the logits are large: exp(x - m) / s is as
-// exact for logits near 10,000 as for logits near 0.
-// Fused: softmax and loss in one visit of a row while it is in cache; the gradient in one sweep, p never stored.
-// Threads: by blocks of rows. The loss is summed per block, then over the blocks; their number depends on the shape
-// alone, so that the bits do not depend on the number of threads.
+// lse is kept as m and s, for m + log(s) would lose the digits of log(s) when the logits are large: exp(x - m) / s is
+// as exact for logits near 10,000 as for logits near 0. Fused: softmax and loss in one visit of a row while it is in
+// cache; the gradient in one sweep, p never stored. Threads: by blocks of rows. The loss is summed per block, then over
+// the blocks; their number depends on the shape alone, so that the bits do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -122,10 +121,9 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
         std::fill(grad, grad + classes, scalar_t(0));
         continue;
       }
-      const double scale =
-          options.reduction == Reduction::None ? double(grad_output[i * grad_stride])
-          : options.reduction == Reduction::Sum ? double(*grad_output)
-                                                : double(*grad_output) / double(total_weight);
+      const double scale = options.reduction == Reduction::None  ? double(grad_output[i * grad_stride])
+                           : options.reduction == Reduction::Sum ? double(*grad_output)
+                                                                 : double(*grad_output) / double(total_weight);
       const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[target[i]]) : 1.0);
       const double maximum = lse[i], sum = lse[rows + i];
       const compute of_exp = compute(scale * (row_weight + smoothing * weight_sum) / sum);
@@ -137,15 +135,15 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
       // The target's own: here digits cancel as p nears 1, and one class alone must give exactly 0.
       const int64_t c = target[i];
       const double p = std::exp(double(x[c]) - maximum) / sum;
-      grad[c] = scalar_t(scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
+      grad[c] =
+          scalar_t(scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
     }
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const Tensor& target,
-                                                     const std::optional<Tensor>& weight,
-                                                     const std::string& reduction, int64_t ignore_index,
-                                                     double label_smoothing) {
+                                                     const std::optional<Tensor>& weight, const std::string& reduction,
+                                                     int64_t ignore_index, double label_smoothing) {
   constexpr const char* op = "cross_entropy";
   const Options options{check_reduction(op, reduction), ignore_index, label_smoothing};
   check_cross_entropy(op, input, target, weight, label_smoothing);
@@ -189,11 +187,11 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
     using compute = compute_t<scalar_t>;
     const Tensor x = torch::stable::contiguous(input), statistics = torch::stable::contiguous(lse);
     const std::optional<Tensor> w = weight ? std::optional(torch::stable::contiguous(*weight)) : std::nullopt;
-    cross_entropy_backward_rows<scalar_t>(
-        grad_output.const_data_ptr<scalar_t>(), grad_output.dim() ? grad_output.stride(0) : 0,
-        x.const_data_ptr<scalar_t>(), y.const_data_ptr<int64_t>(), w ? w->const_data_ptr<scalar_t>() : nullptr,
-        statistics.const_data_ptr<compute>(), *total_weight.const_data_ptr<compute>(),
-        grad_input.mutable_data_ptr<scalar_t>(), rows, classes, options);
+    cross_entropy_backward_rows<scalar_t>(grad_output.const_data_ptr<scalar_t>(),
+                                          grad_output.dim() ? grad_output.stride(0) : 0, x.const_data_ptr<scalar_t>(),
+                                          y.const_data_ptr<int64_t>(), w ? w->const_data_ptr<scalar_t>() : nullptr,
+                                          statistics.const_data_ptr<compute>(), *total_weight.const_data_ptr<compute>(),
+                                          grad_input.mutable_data_ptr<scalar_t>(), rows, classes, options);
   });
   return grad_input;
 }

@@ -7,8 +7,8 @@
 // dimensions are folded into the batch.
 // Fused: bias and activation follow the GEMM on a block of rows that is still in cache; gz and gb come from one sweep
 // over gy and y. The three GEMMs are the library's.
-// Threads: the GEMM's own; elementwise work is split by rows. gb is summed in blocks of rows whose number depends on the
-// shape alone, so that its bits do not depend on the number of threads.
+// Threads: the GEMM's own; elementwise work is split by rows. gb is summed in blocks of rows whose number depends on
+// the shape alone, so that its bits do not depend on the number of threads.
 #include <algorithm>
 
 #include "../activation.h"
@@ -55,7 +55,8 @@ void activation_backward(const scalar_t* gy, const scalar_t* y, scalar_t* gz, sc
     for (int64_t i = begin * block_rows; i < std::min(end * block_rows, rows); ++i) {
       sum_t<scalar_t>* sum = gb ? sums.data() + i / block_rows * cols : nullptr;
       for (int64_t j = 0; j < cols; ++j) {
-        const auto value = Activation::backward(compute_t<scalar_t>(gy[i * cols + j]), compute_t<scalar_t>(y[i * cols + j]));
+        const auto value =
+            Activation::backward(compute_t<scalar_t>(gy[i * cols + j]), compute_t<scalar_t>(y[i * cols + j]));
         if (gz) {
           gz[i * cols + j] = value;
         }

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ class MLP(torch.nn.Sequential):
     With hidden layers of widths h1, h2, ... it computes ``h = activation(x @ W1.T + b1)``, the same again for each
     further layer, and ``logits = h @ W.T + b``.
 
-    The state_dict has the keys of ``torch.nn.Sequential(Linear, Sigmoid, Linear, ...)``, in which the activations take a
-    place but have no parameters: "0.weight", "0.bias", "2.weight", ... Checkpoints move both ways.
+    The state_dict has the keys of ``torch.nn.Sequential(Linear, Sigmoid, Linear, ...)``, in which the activations take
+    a place but have no parameters: "0.weight", "0.bias", "2.weight", ... Checkpoints move both ways.
 
     Args:
         in_features: number of inputs.
@@ -66,7 +67,7 @@ class MLP(torch.nn.Sequential):
         activations = [activation] * len(hidden) + ["identity"]
         layers = [
             LinearAct(ins, outs, bias, device, dtype, act)
-            for ins, outs, act in zip(widths[:-1], widths[1:], activations, strict=True)
+            for (ins, outs), act in zip(pairwise(widths), activations, strict=True)
         ]
         super().__init__(OrderedDict((str(2 * place), layer) for place, layer in enumerate(layers)))
         self.in_features = in_features
@@ -77,8 +78,8 @@ class MLP(torch.nn.Sequential):
     def init_gaussian_(self, std: float = 0.1, generator: torch.Generator | None = None) -> "MLP":
         """Draw every weight from a Gaussian of mean 0 and the given standard deviation, and set every bias to 0.
 
-        The initialisation of the lecture; without this call the layers have that of :class:`torch.nn.Linear`. Returns the
-        model, so that ``MLP(784, 512, 10).init_gaussian_()`` works.
+        The initialisation of the lecture; without this call the layers have that of :class:`torch.nn.Linear`. Returns
+        the model, so that ``MLP(784, 512, 10).init_gaussian_()`` works.
 
         Example:
             >>> model = MLP(784, 512, 10).init_gaussian_(std=0.05)

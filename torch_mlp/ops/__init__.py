@@ -25,8 +25,8 @@ def _load_library() -> None:
         torch.ops.load_library(spec.origin)
     except OSError as error:
         raise ImportError(
-            f"torch_mlp's library cannot be loaded with torch {torch.__version__}: type `pip install --no-build-isolation "
-            f"--force-reinstall --no-deps .` in its source folder to build it for this torch ({error})"
+            f"torch_mlp's library cannot be loaded with torch {torch.__version__}: type `pip install --force-reinstall "
+            f"--no-build-isolation --no-deps .` in its source folder to build it for this torch ({error})"
         ) from error
 
 
@@ -34,7 +34,6 @@ _load_library()
 
 from torch_mlp.ops.cross_entropy import cross_entropy  # noqa: E402 - the library comes first
 from torch_mlp.ops.linear_act import ACTIVATIONS, linear_act  # noqa: E402
-
 
 
 def has_cuda_kernels() -> bool:

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: builds in place with the system's Python and torch (2.10 or later), runs every test that needs
+# a GPU, a subset under compute-sanitizer, and a short benchmark.
+# Usage: scripts/check_cuda.sh      PYTHON=... chooses the interpreter (default python3), which needs torch and pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD
+
+"$python" -c 'import torch; print("torch", torch.__version__, "on", torch.cuda.get_device_name())'
+FORCE_CUDA=1 "$python" setup.py --quiet build_ext --inplace
+
+tests=(tests/test_linear_act.py tests/test_cross_entropy.py tests/test_ops.py tests/test_nn_linear.py
+  tests/test_nn_loss.py tests/test_nn_mlp.py)
+# The training tests need scikit-learn's digits.
+if "$python" -c 'import sklearn, tqdm, hypothesis' 2> /dev/null; then tests+=(tests/test_training.py); fi
+"$python" -m pytest -q -k cuda "${tests[@]}"
+
+if command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "check_cuda: compute-sanitizer --tool $tool"
+    compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits)' "${tests[@]:0:3}" | tail -n 4
+  done
+else
+  echo "check_cuda: no compute-sanitizer here, its checks are left out"
+fi
+
+"$python" scripts/bench.py --device cuda
