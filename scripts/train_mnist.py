@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
     sgd = parser.add_argument_group("minibatch SGD")
     sgd.add_argument("--epochs", type=positive, default=10, metavar="N")
-    sgd.add_argument("--batch-size", type=positive, default=64, metavar="N")
+    sgd.add_argument("--batch-size", type=positive, default=128, metavar="N")
     sgd.add_argument("--lr", type=float, default=0.1, help="learning rate")
     sgd.add_argument("--lr-decay", choices=training.LR_DECAYS, default="linear", help="to 0 over the run, or none")
     sgd.add_argument("--momentum", type=float, default=0.9)
@@ -184,7 +184,7 @@ def main() -> int:
         print(f"\nStopped: {error}.", file=sys.stderr)
         exit_code = 1
 
-    final = training.evaluate(model, criteria["torch_mlp"], resident.test_images, resident.test_labels, dataset.scale)
+    final = training.evaluate(model, criteria["torch_mlp"], resident)
     print_report(dataset.test_labels, final.predictions, dataset.num_classes, histories)
     weights, metrics, picture = (
         arguments.output_dir / name for name in ("weights.safetensors", "metrics.json", "report.png")

@@ -76,6 +76,9 @@ def test_mnist(mnist_dir):
     assert mnist.train_labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert mnist.test_labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert (mnist.name, mnist.num_features, mnist.num_classes) == ("MNIST", 784, 10)
+    # The mean 0.1307 and standard deviation 0.3081 of pixels from 0 to 1 that every MNIST script quotes.
+    assert mnist.scale == pytest.approx(1 / (255 * 0.3081), rel=1e-3)
+    assert mnist.shift == pytest.approx(-0.1307 / 0.3081, rel=1e-3)
 
 
 def test_auto_finds_mnist(mnist_dir):
@@ -88,7 +91,9 @@ def test_digits():
     digits = data.load("digits", "nowhere")
     assert (digits.train_images.shape, digits.test_images.shape) == ((1437, 8, 8), (360, 8, 8))
     assert (digits.train_images.dtype, digits.train_labels.dtype) == (torch.uint8, torch.int64)
-    assert digits.train_images.max() * digits.scale == 1.0
+    pixels = digits.train_images.double() * digits.scale + digits.shift
+    assert pixels.mean().item() == pytest.approx(0, abs=1e-5)
+    assert pixels.std().item() == pytest.approx(1, abs=1e-5)
     assert digits.test_labels.unique().tolist() == list(range(10))
 
 

@@ -50,7 +50,7 @@ def test_digits_end_to_end(tmp_path, device):
 
     digits = data.load("digits", "nowhere")
     model = checkpoint.load(tmp_path / "out" / "weights.safetensors")
-    evaluation = training.evaluate(model, CrossEntropyLoss(), digits.test_images, digits.test_labels, digits.scale)
+    evaluation = training.evaluate(model, CrossEntropyLoss(), digits)
     assert evaluation.accuracy == pytest.approx(record["test_accuracy"], abs=0.004)
     rows = re.findall(r"^ +(\d)((?: +\d+){10})  +([\d.]+) %$", finished.stdout, re.MULTILINE)
     assert [int(row[0]) for row in rows] == list(range(10))

@@ -31,8 +31,8 @@ class DataError(Exception):
 class Dataset(NamedTuple):
     """A data set in memory.
 
-    Images are uint8 of shape (N, height, width), labels int64 of shape (N,) with values in [0, num_classes). An image
-    times ``scale`` has its values in [0, 1].
+    Images are uint8 of shape (N, height, width), labels int64 of shape (N,) with values in [0, num_classes).
+    ``image * scale + shift`` makes the training images' pixels, taken together, of mean 0 and standard deviation 1.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Dataset(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     scale: float
+    shift: float
     num_classes: int = 10
 
     @property
@@ -110,7 +111,14 @@ def _load_digits() -> Dataset:
     split = train_test_split(digits.images, digits.target, test_size=360, random_state=0, stratify=digits.target)
     train_images, test_images = (torch.from_numpy(images).to(torch.uint8) for images in split[:2])
     train_labels, test_labels = (torch.from_numpy(labels).to(torch.int64) for labels in split[2:])
-    return Dataset("digits", train_images, train_labels, test_images, test_labels, scale=1 / 16)
+    return Dataset("digits", train_images, train_labels, test_images, test_labels, *_normalisation(train_images))
+
+
+def _normalisation(images: Tensor) -> tuple[float, float]:
+    """The scale and shift of a :class:`Dataset` with these training images."""
+    std, mean = torch.std_mean(images.float())
+    scale = 1 / max(std.item(), 1e-6)  # images of one even grey have no spread
+    return scale, -mean.item() * scale
 
 
 def _load_torchvision(name: str, root: Path, notify: Callable[[str], None]) -> Dataset:
@@ -126,7 +134,8 @@ def _load_torchvision(name: str, root: Path, notify: Callable[[str], None]) -> D
     for images, labels, file in ((train_images, train_labels, names[1]), (test_images, test_labels, names[3])):
         if len(images) != len(labels):
             raise DataError(f"{folder / file} is damaged: it holds {len(labels)} labels for {len(images)} images.")
-    return Dataset(source.__name__, train_images, train_labels, test_images, test_labels, scale=1 / 255)
+    normalisation = _normalisation(train_images)
+    return Dataset(source.__name__, train_images, train_labels, test_images, test_labels, *normalisation)
 
 
 def _all_exist(folder: Path, names: list[str]) -> bool:

@@ -31,7 +31,8 @@ def training_report(
         >>> figure = training_report({"torch_mlp": history}, images, labels, torch.tensor([0, 1, 2, 9]))
     """
     figure = Figure(figsize=(11, 8), layout="constrained")
-    curves, grid = (figure.add_subfigure(place) for place in figure.add_gridspec(2, 1, height_ratios=(3, 2.6)))
+    places = figure.add_gridspec(2, 1, height_ratios=(3, 2.6))
+    curves, grid = figure.add_subfigure(places[0]), figure.add_subfigure(places[1])
     loss_axes, accuracy_axes = curves.subplots(1, 2)
     for name, history in histories.items():
         if not history:

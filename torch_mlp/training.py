@@ -64,30 +64,29 @@ def minibatches(num_samples: int, batch_size: int, sampling: str, generator: tor
     yield from order.split(batch_size)
 
 
-def to_input(images: Tensor, scale: float, like: Tensor) -> Tensor:
-    """uint8 images (N, height, width) as rows of values in [0, 1], (N, height * width), in the dtype of ``like``."""
-    return images.flatten(1).to(like.dtype).mul_(scale)
+def to_input(images: Tensor, data: Dataset, dtype: torch.dtype) -> Tensor:
+    """uint8 images (N, height, width) of a data set as normalised rows of pixels, (N, height * width)."""
+    return images.flatten(1).to(dtype).mul_(data.scale).add_(data.shift)
 
 
 @torch.no_grad()
-def evaluate(
-    model: torch.nn.Module, criterion: torch.nn.Module, images: Tensor, labels: Tensor, scale: float
-) -> Evaluation:
-    """Mean loss, accuracy and predictions of a model on uint8 images (N, height, width) and labels (N,).
+def evaluate(model: torch.nn.Module, criterion: torch.nn.Module, data: Dataset) -> Evaluation:
+    """Mean loss, accuracy and predictions of a model on the test images of a data set.
 
     Example:
-        >>> import torch_mlp
-        >>> data = torch_mlp.data.load("digits", "data")
-        >>> model = torch_mlp.nn.MLP(data.num_features, 32, 10)
-        >>> evaluation = evaluate(model, torch_mlp.nn.CrossEntropyLoss(), data.test_images, data.test_labels, data.scale)
+        >>> from torch_mlp import data, nn
+        >>> digits = data.load("digits", "data")
+        >>> model, criterion = nn.MLP(digits.num_features, 32, 10), nn.CrossEntropyLoss()
+        >>> evaluation = evaluate(model, criterion, digits)
         >>> evaluation.predictions.shape
         torch.Size([360])
     """
     like = next(model.parameters())
     loss = torch.zeros((), dtype=torch.float64, device=like.device)
     predictions = []
-    for part, target in zip(images.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True):
-        logits = model(to_input(part, scale, like))
+    labels = data.test_labels
+    for part, target in zip(data.test_images.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True):
+        logits = model(to_input(part, data, like.dtype))
         loss += criterion(logits, target) * len(target)
         predictions.append(logits.argmax(1))
     predicted = torch.cat(predictions)
@@ -101,7 +100,7 @@ def train(
     data: Dataset,
     *,
     epochs: int = 10,
-    batch_size: int = 64,
+    batch_size: int = 128,
     lr: float = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
@@ -138,10 +137,10 @@ def train(
         ValueError: if an option is not known or out of its range.
 
     Example:
-        >>> import torch_mlp
-        >>> data = torch_mlp.data.load("digits", "data")
-        >>> model, criterion = torch_mlp.nn.MLP(data.num_features, 64, 10), torch_mlp.nn.CrossEntropyLoss()
-        >>> history = list(train(model, criterion, data, epochs=20, progress=False))
+        >>> from torch_mlp import data, nn
+        >>> digits = data.load("digits", "data")
+        >>> model, criterion = nn.MLP(digits.num_features, 64, 10), nn.CrossEntropyLoss()
+        >>> history = list(train(model, criterion, digits, epochs=20, progress=False))
         >>> history[-1].test_accuracy > 0.9
         True
 
@@ -167,7 +166,7 @@ def train(
         model.train()
         with tqdm(total=num_samples, desc=f"epoch {epoch}", unit=" images", leave=False, disable=hidden) as bar:
             for step, index in enumerate(minibatches(num_samples, batch_size, sampling, generator)):
-                input = to_input(data.train_images.index_select(0, index), data.scale, like)
+                input = to_input(data.train_images.index_select(0, index), data, like.dtype)
                 loss = criterion(model(input), data.train_labels.index_select(0, index))
                 optimizer.zero_grad()
                 loss.backward()
@@ -182,5 +181,5 @@ def train(
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"train: the loss is {train_loss} in epoch {epoch}; try a lower learning rate")
         model.eval()
-        evaluation = evaluate(model, criterion, data.test_images, data.test_labels, data.scale)
+        evaluation = evaluate(model, criterion, data)
         yield EpochMetrics(epoch, train_loss, evaluation.loss, evaluation.accuracy, seconds)
