@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+# Threads that wait for each other by spinning stop each other on a machine that is shared: an epoch of 3 s was seen to
+# take 48 s. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import torch_mlp

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported, see scripts/train_mnist.py
+
 import pytest
 import torch
 
