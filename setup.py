@@ -36,22 +36,15 @@ force = os.environ.get("FORCE_CUDA")
 with_cuda = nvcc_fits_torch() if force in (None, "") else force == "1"
 print(f"torch_mlp: building for torch {torch.__version__}, {'CPU and CUDA' if with_cuda else 'CPU only'}")
 
-cxx = [
-    "-O3",
-    "-std=c++17",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-Wno-unused-parameter",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-]
-nvcc = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+nvcc = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]
+macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
 cuda_macros = [("TORCH_MLP_WITH_CUDA", None), ("USE_CUDA", None)]
 extension = (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(
     "torch_mlp._C",
     sorted(map(str, [*Path("csrc").rglob("*.cpp"), *(Path("csrc").rglob("*.cu") if with_cuda else [])])),
     depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])),
-    define_macros=cuda_macros if with_cuda else [],
+    define_macros=macros + (cuda_macros if with_cuda else []),
     extra_compile_args={"cxx": cxx, "nvcc": nvcc},
     py_limited_api=True,
 )

@@ -259,9 +259,8 @@ def test_unknown_activation(device):
         torch.ops.torch_mlp.linear_act(*tensors, "gelu")
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_tensors_on_two_devices(device):
-    if device == "cpu":
-        pytest.skip("needs a GPU: the CPU is one device")
     input, weight, bias = make(device, requires_grad=False)
     with pytest.raises(RuntimeError, match="linear_act: expected weight on the device of input, cuda:0, got cpu"):
         linear_act(input, weight.cpu(), bias)
