@@ -25,7 +25,7 @@ state=$(fingerprint constraints.txt)
 if ! done_before tools "$state"; then
   echo "setup: installing torch and the build tools into $venv (large: minutes on a slow network)"
   install pip  # the pinned one knows dependency groups
-  install torch setuptools ninja
+  install torch numpy setuptools ninja
   echo "$state" > "$venv/tools.stamp"
 fi
 

@@ -30,10 +30,10 @@ constexpr int64_t kWarpClasses = 1024;
 // none waits long for the last.
 constexpr int64_t kMaxSumBlocks = 4096;
 
-// The blocks that a multiprocessor has to hold at once: 0 leaves the registers to the compiler, which in double would
-// save so many that it spills.
+// The blocks that a multiprocessor has to hold at once. Left to itself, the compiler would save so many registers for
+// more of them that it spills.
 template <typename scalar_t>
-constexpr int kMinBlocks = std::is_same_v<scalar_t, double> ? 3 : 0;
+constexpr int kMinBlocks = std::is_same_v<scalar_t, double> ? 2 : 4;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
