@@ -37,8 +37,7 @@ inline Tensor matrix_view(const Tensor& self, int64_t rows, int64_t cols, int64_
                           int64_t offset = 0) {
   const std::array<int64_t, 2> sizes{rows, cols}, strides{row_stride, col_stride};
   AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(self.get(), 2, sizes.data(), strides.data(), offset, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(self.get(), 2, sizes.data(), strides.data(), offset, &view));
   return Tensor(view);
 }
 
@@ -68,13 +67,13 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b,
                        const std::optional<Tensor>& bias = std::nullopt) {
 #ifdef TORCH_MLP_WITH_CUDA
   if (out.is_cuda()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
-                                       : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
+                                : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
     return;
   }
 #endif
-  STABLE_TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
-                                     : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
+                              : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // Calls body with a value of the C++ type that stores a floating-point dtype; check_floating has been called.

@@ -19,8 +19,11 @@ if "$python" -c 'import sklearn, tqdm, hypothesis' 2> /dev/null; then tests+=(te
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
     echo "check_cuda: compute-sanitizer --tool $tool"
+    log=build/compute-sanitizer-$tool.log
     compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits)' "${tests[@]:0:3}" | tail -n 4
+      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits)' "${tests[@]:0:3}" > "$log" 2>&1 ||
+      { tail -n 60 "$log"; exit 1; }
+    tail -n 3 "$log"
   done
 else
   echo "check_cuda: no compute-sanitizer here, its checks are left out"

@@ -31,7 +31,7 @@ constexpr int kPackWidth = kAccessBytes / int(sizeof(scalar_t));
 // The stream on which torch runs the operators on the device of self; a DeviceGuard for that device is held.
 inline cudaStream_t current_stream(const Tensor& self) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(self.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(self.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

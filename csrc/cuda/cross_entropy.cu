@@ -40,11 +40,11 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 template <typename T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
-template <typename compute>
+// In double, as are the few operations done once for a row: only the work on each element is worth rounding for speed.
 struct Options {
   int64_t ignore_index;
-  compute at_label;   // 1 - e
-  compute per_class;  // e / C
+  double at_label;   // 1 - e
+  double per_class;  // e / C
 };
 
 // exp(x - maximum) of a row is computed as exp(x - shift_of(maximum)): the elements of a row of -inf, and the NaN among
@@ -82,15 +82,15 @@ __device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, i
 
 // sum_c w_c (m - x_c)
 template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
-__device__ compute row_smoothing(const scalar_t* x, int64_t phase, const scalar_t* weight, int64_t classes, int lane,
-                                 compute maximum) {
-  compute sum = 0;
+__device__ double row_smoothing(const scalar_t* x, int64_t phase, const scalar_t* weight, int64_t classes, int lane,
+                                compute maximum) {
+  double sum = 0;
   for_each_pack<scalar_t>(phase, classes, lane, lanes, [&](auto at) {
     const auto pack = load(x, at);
 #pragma unroll
     for (int j = 0; j < at.width; ++j) {
-      const compute distance = maximum - compute(pack.values[j]);
-      sum += weight ? compute(weight[at.first() + j]) * distance : distance;
+      const double distance = double(maximum) - double(compute(pack.values[j]));
+      sum += weight ? double(compute(weight[at.first() + j])) * distance : distance;
     }
   });
   return lanes_reduce<lanes>(sum, Add{});
@@ -119,12 +119,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     cross_entropy_kernel(const scalar_t* __restrict__ input, int phase, const int64_t* __restrict__ target,
                          const scalar_t* __restrict__ weight, const double* __restrict__ weight_sum,
                          scalar_t* __restrict__ loss, compute_t<scalar_t>* __restrict__ lse,
-                         double* __restrict__ partials, int64_t rows, int64_t classes,
-                         Options<compute_t<scalar_t>> options) {
+                         double* __restrict__ partials, int64_t rows, int64_t classes, Options options) {
   using compute = compute_t<scalar_t>;
   constexpr int block_rows = kThreads / lanes;
   const int lane = threadIdx.x % lanes;
-  const compute sum_of_weights = weight_sum ? compute(*weight_sum) : compute(classes);
+  const double sum_of_weights = weight_sum ? *weight_sum : double(classes);
   double block_loss = 0, block_weight = 0;
   for (int64_t begin = int64_t(blockIdx.x) * block_rows; begin < rows; begin += int64_t(gridDim.x) * block_rows) {
     const int64_t i = begin + threadIdx.x / lanes;
@@ -137,22 +136,22 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     compute maximum, sum;
     row_softmax<lanes>(x, phase + i * classes, is_row ? classes : 0, lane, maximum, sum);
     CUDA_KERNEL_ASSERT((!counts || (label >= 0 && label < classes)) && "expected target in [0, num_classes)");
-    const compute log_sum = std::log(sum);
-    compute row_loss = 0, row_weight = 0;
+    const double log_sum = std::log(double(sum));
+    double row_loss = 0, row_weight = 0;
     if (options.per_class > 0) {
-      const compute smoothing =
+      const double smoothing =
           row_smoothing<lanes>(x, phase + i * classes, weight, counts ? classes : 0, lane, maximum);
-      row_loss = counts ? options.per_class * (sum_of_weights * log_sum + smoothing) : compute(0);
+      row_loss = counts ? options.per_class * (sum_of_weights * log_sum + smoothing) : 0.0;
     }
     if (is_row && lane == 0) {
       lse[i] = maximum;
       lse[rows + i] = sum;
       if (counts) {
-        row_weight = weight ? compute(weight[label]) : compute(1);
-        row_loss += options.at_label * row_weight * (log_sum + (maximum - compute(x[label])));
+        row_weight = weight ? double(compute(weight[label])) : 1.0;
+        row_loss += options.at_label * row_weight * (log_sum + (double(maximum) - double(compute(x[label]))));
       }
       if (loss) {
-        loss[i] = row_loss;
+        loss[i] = static_cast<scalar_t>(compute(row_loss));
       }
       block_loss += row_loss;
       block_weight += row_weight;
@@ -195,12 +194,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
                                   const compute_t<scalar_t>* __restrict__ divisor, const scalar_t* __restrict__ input,
                                   int phase, const int64_t* __restrict__ target, const scalar_t* __restrict__ weight,
                                   const double* __restrict__ weight_sum, const compute_t<scalar_t>* __restrict__ lse,
-                                  scalar_t* __restrict__ grad_input, int64_t rows, int64_t classes,
-                                  Options<compute_t<scalar_t>> options) {
+                                  scalar_t* __restrict__ grad_input, int64_t rows, int64_t classes, Options options) {
   using compute = compute_t<scalar_t>;
   constexpr int block_rows = kThreads / lanes;
   const int lane = threadIdx.x % lanes;
-  const compute sum_of_weights = weight_sum ? compute(*weight_sum) : compute(classes);
+  const double sum_of_weights = weight_sum ? *weight_sum : double(classes);
 
   for (int64_t i = int64_t(blockIdx.x) * block_rows + threadIdx.x / lanes; i < rows;
        i += int64_t(gridDim.x) * block_rows) {
@@ -213,16 +211,16 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
       continue;
     }
     CUDA_KERNEL_ASSERT(label >= 0 && label < classes && "expected target in [0, num_classes)");
-    const compute scale = compute(grad_output[i * grad_stride]) / (divisor ? *divisor : compute(1));
-    const compute label_weight = weight ? compute(weight[label]) : compute(1);
-    const compute row_weight = options.at_label * label_weight;
+    const double scale = double(compute(grad_output[i * grad_stride])) / (divisor ? double(*divisor) : 1.0);
+    const double label_weight = weight ? double(compute(weight[label])) : 1.0;
+    const double row_weight = options.at_label * label_weight;
     const compute maximum = lse[i], sum = lse[rows + i];
-    const compute of_exp = scale * (row_weight + options.per_class * sum_of_weights) / sum;
-    const compute of_weight = scale * options.per_class;
-    // p - 1 of the target as (exp - sum) / sum: no digits are lost as p nears 1, and one class alone gives exactly 0.
-    const compute label_exp = std::exp(compute(x[label]) - maximum);
-    const compute at_label = scale * (row_weight * ((label_exp - sum) / sum) +
-                                      options.per_class * (sum_of_weights * (label_exp / sum) - label_weight));
+    const compute of_exp = compute(scale * (row_weight + options.per_class * sum_of_weights) / double(sum));
+    const compute of_weight = compute(scale * options.per_class);
+    // The target's own: here digits cancel as p nears 1, and one class alone must give exactly 0.
+    const double p = std::exp(double(compute(x[label])) - double(maximum)) / double(sum);
+    const compute at_label =
+        compute(scale * (row_weight * (p - 1) + options.per_class * (sum_of_weights * p - label_weight)));
     const scalar_t* class_weight = options.per_class > 0 ? weight : nullptr;
     for_each_pack<scalar_t>(row_phase, classes, lane, lanes, [&](auto at) {
       auto pack = load(x, at);
@@ -249,9 +247,8 @@ void dispatch_lanes(int64_t classes, const Launch& launch) {
   }
 }
 
-template <typename compute>
-Options<compute> options_of(int64_t ignore_index, double label_smoothing, int64_t classes) {
-  return {ignore_index, compute(1 - label_smoothing), compute(label_smoothing / double(std::max<int64_t>(1, classes)))};
+Options options_of(int64_t ignore_index, double label_smoothing, int64_t classes) {
+  return {ignore_index, 1 - label_smoothing, label_smoothing / double(std::max<int64_t>(1, classes))};
 }
 
 // sum_k w_k where class weights are given and smoothing needs it.
@@ -305,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& input, const
         cross_entropy_kernel<lanes.value, scalar_t><<<grid_of(blocks), kThreads, 0, stream>>>(
             logits, phase_of(logits), y.const_data_ptr<int64_t>(), data_of<scalar_t>(w), data_of<double>(weight_sum),
             is_none ? losses : nullptr, lse.mutable_data_ptr<compute>(), partials.mutable_data_ptr<double>(), rows,
-            classes, options_of<compute>(ignore_index, label_smoothing, classes));
+            classes, options_of(ignore_index, label_smoothing, classes));
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       }
       loss_sum_kernel<scalar_t>
@@ -346,7 +343,7 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& inpu
           reduce == Reduction::Mean ? total_weight.const_data_ptr<compute>() : nullptr, logits,
           phase_of(logits) == phase_of(grads) ? phase_of(grads) : -1, y.const_data_ptr<int64_t>(), data_of<scalar_t>(w),
           data_of<double>(weight_sum), statistics.const_data_ptr<compute>(), grads, rows, classes,
-          options_of<compute>(ignore_index, label_smoothing, classes));
+          options_of(ignore_index, label_smoothing, classes));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
