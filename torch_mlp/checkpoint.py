@@ -28,7 +28,7 @@ def save(model: MLP, path: str | Path) -> None:
         "hidden_features": model.hidden_features,
         "out_features": model.out_features,
         "activation": model.activation,
-        "bias": model[0].bias is not None,
+        "bias": "0.bias" in model.state_dict(),
     }
     path = Path(path)
     partial = path.with_name(path.name + ".part")

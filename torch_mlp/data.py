@@ -149,7 +149,7 @@ def _download(source: type, root: Path, folder: Path, names: list[str]) -> None:
         except Exception as error:  # the network's, the disk's, or torchvision's own on what it found or got
             if _all_exist(folder, names):
                 return  # it failed to read one of them: _read_idx names it
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise _NotAvailableError(
                 f"{source.__name__} is not in {folder} and cannot be downloaded ({reason}); put its four files there, "
                 "or name the folder above it with --data-dir."

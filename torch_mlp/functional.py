@@ -1,5 +1,8 @@
 """The ops with the signatures of ``torch.nn.functional``: values, gradients of any order, ``torch.compile``."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
@@ -34,7 +37,6 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
         RuntimeError: if a shape, dtype or device does not fit.
 
     Example:
-        >>> import torch
         >>> input, weight, bias = torch.randn(64, 784), torch.randn(512, 784), torch.randn(512)
         >>> linear_act(input, weight, bias, "tanh").shape
         torch.Size([64, 512])
@@ -43,6 +45,7 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear_act: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    input, weight, bias = _autocast(None, input, weight, bias)
     return ops.linear_act(input, weight, bias, activation)
 
 
@@ -50,11 +53,10 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """Apply a linear map and the sigmoid in one op: :func:`linear_act` with ``activation="sigmoid"``.
 
     Example:
-        >>> import torch
         >>> linear_sigmoid(torch.zeros(1, 3), torch.ones(2, 3))
         tensor([[0.5000, 0.5000]])
     """
-    return ops.linear_act(input, weight, bias, "sigmoid")
+    return linear_act(input, weight, bias, "sigmoid")
 
 
 def cross_entropy(
@@ -85,7 +87,7 @@ def cross_entropy(
 
     Shape:
         - input: :math:`(N, C)`, batch and classes, float64, float32, bfloat16 or float16
-        - target: :math:`(N)`, int64, values in :math:`[0, C)`
+        - target: :math:`(N)`, int64 or uint8, values in :math:`[0, C)`
         - weight: :math:`(C)`, of the dtype and device of input
 
     Returns:
@@ -98,7 +100,6 @@ def cross_entropy(
         ValueError: if the reduction is not known or target and input differ in batch size.
 
     Example:
-        >>> import torch
         >>> logits = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
         >>> loss = cross_entropy(logits, torch.tensor([0]))
         >>> loss.backward()
@@ -122,4 +123,18 @@ def cross_entropy(
             f"cross_entropy: expected input of shape (batch, num_classes), got {tuple(input.shape)}: other numbers of "
             "dimensions are not supported yet, use torch.nn.functional.cross_entropy"
         )
+    if weight is not None and weight.requires_grad:
+        raise RuntimeError("cross_entropy: expected weight not to require grad, for the loss has no gradient by it")
+    input, weight = _autocast(torch.float32, input, weight)
+    target = target.long() if target.dtype == torch.uint8 else target
     return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+
+
+def _autocast(dtype: torch.dtype | None, input: Tensor, *others: Tensor | None) -> list[Any]:
+    """The tensors as torch.autocast hands them to an op: float32 and below in dtype, None being autocast's own."""
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return [input, *others]
+    dtype = dtype or torch.get_autocast_dtype(device)
+    eligible = (torch.float32, torch.bfloat16, torch.float16)
+    return [t if t is None or t.dtype not in eligible else t.to(dtype) for t in (input, *others)]

@@ -81,6 +81,8 @@ def evaluate(model: torch.nn.Module, criterion: torch.nn.Module, data: Dataset) 
         >>> evaluation.predictions.shape
         torch.Size([360])
     """
+    was_training = model.training
+    model.eval()
     like = next(model.parameters())
     loss = torch.zeros((), dtype=torch.float64, device=like.device)
     predictions = []
@@ -89,6 +91,7 @@ def evaluate(model: torch.nn.Module, criterion: torch.nn.Module, data: Dataset) 
         logits = model(to_input(part, data, like.dtype))
         loss += criterion(logits, target) * len(target)
         predictions.append(logits.argmax(1))
+    model.train(was_training)
     predicted = torch.cat(predictions)
     accuracy = (predicted == labels).double().mean()
     return Evaluation(loss.item() / len(labels), accuracy.item(), predicted.cpu())
@@ -180,6 +183,5 @@ def train(
         seconds = time.perf_counter() - start
         if not math.isfinite(train_loss):
             raise FloatingPointError(f"train: the loss is {train_loss} in epoch {epoch}; try a lower learning rate")
-        model.eval()
         evaluation = evaluate(model, criterion, data)
         yield EpochMetrics(epoch, train_loss, evaluation.loss, evaluation.accuracy, seconds)

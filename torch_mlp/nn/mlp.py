@@ -1,16 +1,16 @@
 """The multilayer perceptron."""
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from torch_mlp import functional
 from torch_mlp.nn.linear import LinearAct
 
 
-class MLP(torch.nn.Sequential):
+class MLP(torch.nn.Module):
     r"""A multilayer perceptron: fused hidden layers, then a linear layer that gives logits.
 
     With hidden layers of widths h1, h2, ... it computes ``h = activation(x @ W1.T + b1)``, the same again for each
@@ -60,20 +60,27 @@ class MLP(torch.nn.Sequential):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        hidden = [hidden_features] if isinstance(hidden_features, int) else list(hidden_features)
+        super().__init__()
+        hidden = list(hidden_features) if isinstance(hidden_features, Iterable) else [hidden_features]
         widths = [in_features, *hidden, out_features]
         if any(width < 1 for width in widths):
             raise ValueError(f"MLP: expected every layer to have at least 1 feature, got {widths}")
+        if activation not in functional.ACTIVATIONS:
+            names = ", ".join(functional.ACTIVATIONS)
+            raise ValueError(f"MLP: expected activation to be one of {names}, got {activation!r}")
         activations = [activation] * len(hidden) + ["identity"]
-        layers = [
-            LinearAct(ins, outs, bias, device, dtype, act)
-            for (ins, outs), act in zip(pairwise(widths), activations, strict=True)
-        ]
-        super().__init__(OrderedDict((str(2 * place), layer) for place, layer in enumerate(layers)))
+        for place, ((ins, outs), act) in enumerate(zip(pairwise(widths), activations, strict=True)):
+            self.add_module(str(2 * place), LinearAct(ins, outs, bias, device, dtype, act))
         self.in_features = in_features
         self.hidden_features = tuple(hidden)
         self.out_features = out_features
         self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits of shape (*, out_features) of input of shape (*, in_features)."""
+        for layer in self.children():
+            input = layer(input)
+        return input
 
     def init_gaussian_(self, std: float = 0.1, generator: torch.Generator | None = None) -> "MLP":
         """Draw every weight from a Gaussian of mean 0 and the given standard deviation, and set every bias to 0.

@@ -9,7 +9,7 @@ and a row whose target is ignore_index has loss and gradient 0. "mean" divides b
 Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al., 2015, arXiv:1512.00567.)
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,63 @@ def reference(
     )
 
 
+class _Gradient(NamedTuple):
+    """What the gradient g (a p - b) of a row is made of, composed of ATen calls in the dtype of computation."""
+
+    scale: Tensor  # g, (batch, 1) or (1, 1)
+    of_softmax: Tensor  # a, (batch, 1)
+    softmax: Tensor  # p, (batch, num_classes)
+    offset: Tensor  # b, (batch, num_classes)
+    divisor: Tensor  # by which the mean divides, (), else 1
+    is_kept: Tensor  # whether a row is not ignored, (batch, 1)
+
+
+def _gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total_weight: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> _Gradient:
+    num_classes = input.shape[1]
+    is_kept = (target != ignore_index).unsqueeze(1)
+    # An ignored row may hold anything, and has no label to look up.
+    logits = input.to(total_weight.dtype).where(is_kept, 0)
+    index = target.unsqueeze(1).where(is_kept, 0)
+    weight = logits.new_ones(num_classes) if weight is None else weight.to(logits.dtype)
+    at_target = (1 - label_smoothing) * weight[index] * is_kept
+    smoothing = label_smoothing / num_classes * is_kept
+    divisor = total_weight if reduction == "mean" else torch.ones_like(total_weight)
+    divisor = divisor.where(divisor != 0, 1)  # no weight, no gradient: every row is ignored or weighs nothing
+    return _Gradient(
+        scale=grad_output.to(logits.dtype).reshape(-1, 1) / divisor,
+        of_softmax=at_target + smoothing * weight.sum(),
+        softmax=torch.softmax(logits, dim=1),
+        offset=(smoothing * weight).scatter_add(1, index, at_target),
+        divisor=divisor,
+        is_kept=is_kept,
+    )
+
+
+def reference_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    total_weight: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """The backward op composed of ATen calls."""
+    of = _gradient(grad_output, input, target, weight, total_weight, reduction, ignore_index, label_smoothing)
+    return (of.scale * (of.of_softmax * of.softmax - of.offset)).where(of.is_kept, 0).to(input.dtype)
+
+
 class CrossEntropyBackward(torch.autograd.Function):
     """The backward pass as a differentiable function of its own, so that double backward works."""
 
@@ -87,25 +144,13 @@ class CrossEntropyBackward(torch.autograd.Function):
     def backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of grad_output and input: of g (a p - b) by g, and by x with dp_c/dx_k = p_c ([c = k] - p_k)."""
         grad_output, input, target, weight, total_weight = ctx.saved_tensors
-        reduction, ignore_index, label_smoothing = ctx.options
-        num_classes = input.shape[1]
-        weight = torch.ones_like(input[0]) if weight is None else weight
-        counts = (target != ignore_index).to(input.dtype).unsqueeze(1)
-        index = target.where(target != ignore_index, 0).unsqueeze(1)
-        at_target = (1 - label_smoothing) * weight[index] * counts
-        of_softmax = at_target + label_smoothing / num_classes * weight.sum() * counts
-        offset = (label_smoothing / num_classes * weight * counts).scatter_add(1, index, at_target)
-
-        p = torch.softmax(input, dim=1)
-        scale = grad_output / total_weight.to(input.dtype) if reduction == "mean" else grad_output
-        by_scale = (grad_grad_input * (of_softmax * p - offset)).sum(1)
-        if reduction == "mean":
-            by_scale = by_scale.sum() / total_weight.to(input.dtype)
-        elif reduction == "sum":
-            by_scale = by_scale.sum()
-        centred = grad_grad_input - (p * grad_grad_input).sum(1, keepdim=True)
-        by_input = scale.reshape(-1, 1) * of_softmax * p * centred
-        return by_scale, by_input, *(None,) * 7
+        of = _gradient(grad_output, input, target, weight, total_weight, *ctx.options)
+        incoming = grad_grad_input.to(of.softmax.dtype).where(of.is_kept, 0)
+        by_scale = (incoming * (of.of_softmax * of.softmax - of.offset)).sum(1) / of.divisor
+        by_grad_output = by_scale if grad_output.dim() else by_scale.sum()
+        centred = incoming - (of.softmax * incoming).sum(1, keepdim=True)
+        by_input = (of.scale * of.of_softmax * of.softmax * centred).where(of.is_kept, 0)
+        return by_grad_output.to(input.dtype), by_input.to(input.dtype), *(None,) * 7
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -131,7 +176,8 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of input."""
         input, target, weight, lse, total_weight = ctx.saved_tensors
-        grad_input = CrossEntropyBackward.apply(grad_output, input, target, weight, lse, total_weight, *ctx.options)
+        backward = reference_backward if in_transform() else CrossEntropyBackward.apply
+        grad_input = backward(grad_output, input, target, weight, lse, total_weight, *ctx.options)
         return grad_input, *(None,) * 5
 
 

@@ -8,6 +8,7 @@ act'(z) is expressed through y, so the backward pass keeps x, W and y, never z. 
 Learning, 2006, section 5.3.)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,24 @@ def reference(input: Tensor, weight: Tensor, bias: Tensor | None, activation: st
 
 
 def _as_matrix(self: Tensor) -> Tensor:
-    return self.unsqueeze(0).flatten(0, -2)
+    return self.reshape(math.prod(self.shape[:-1]), self.shape[-1])
+
+
+def reference_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    activation: str,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The backward op composed of ATen calls; None for gradients that are not needed."""
+    grad_z = grad_output * ACTIVATIONS[activation].derivative(output)
+    return (
+        grad_z @ weight if needs_grad[0] else None,
+        _as_matrix(grad_z).mT @ _as_matrix(input) if needs_grad[1] else None,
+        _as_matrix(grad_z).sum(0) if needs_grad[2] else None,
+    )
 
 
 class LinearActBackward(torch.autograd.Function):
@@ -104,16 +122,19 @@ class LinearActBackward(torch.autograd.Function):
         grad_z = grad_output * derivative
 
         grad_grad_z = torch.zeros_like(grad_z)
-        grad_of_input = grad_of_weight = None
+        grad_of_input = grad_of_weight = grad_of_output = None
         if grad_grad_input is not None:
             grad_grad_z = grad_grad_z + torch.nn.functional.linear(grad_grad_input, weight)
-            grad_of_weight = _as_matrix(grad_z).mT @ _as_matrix(grad_grad_input)
+            if ctx.needs_input_grad[2]:
+                grad_of_weight = _as_matrix(grad_z).mT @ _as_matrix(grad_grad_input)
         if grad_grad_weight is not None:
             grad_grad_z = grad_grad_z + torch.nn.functional.linear(input, grad_grad_weight)
-            grad_of_input = grad_z @ grad_grad_weight
+            if ctx.needs_input_grad[1]:
+                grad_of_input = grad_z @ grad_grad_weight
         if grad_grad_bias is not None:
             grad_grad_z = grad_grad_z + grad_grad_bias
-        grad_of_output = grad_grad_z * grad_output * activation.curvature(output)
+        if ctx.needs_input_grad[3]:
+            grad_of_output = grad_grad_z * grad_output * activation.curvature(output)
         return grad_grad_z * derivative, grad_of_input, grad_of_weight, grad_of_output, None, None
 
 
@@ -132,9 +153,8 @@ class LinearAct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias, each only where it is needed."""
         input, weight, output = ctx.saved_tensors
-        grads = LinearActBackward.apply(
-            grad_output, input, weight, output, ctx.activation, tuple(ctx.needs_input_grad[:3])
-        )
+        backward = reference_backward if in_transform() else LinearActBackward.apply
+        grads = backward(grad_output, input, weight, output, ctx.activation, tuple(ctx.needs_input_grad[:3]))
         return (*grads, None)
 
 
