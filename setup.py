@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ def nvcc_fits_torch() -> bool:
     return f"release {torch.version.cuda.split('.')[0]}." in version
 
 
-force = os.environ.get("FORCE_CUDA")
-with_cuda = nvcc_fits_torch() if force in (None, "") else force == "1"
+force = os.environ.get("FORCE_CUDA", "")
+if force not in ("", "0", "1"):
+    sys.exit(f"setup.py: expected FORCE_CUDA to be 0 or 1, got {force!r}")
+with_cuda = force == "1" or (force == "" and nvcc_fits_torch())
 print(f"torch_mlp: building for torch {torch.__version__}, {'CPU and CUDA' if with_cuda else 'CPU only'}")
 
 cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]

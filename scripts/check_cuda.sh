@@ -3,6 +3,7 @@
 # a GPU, a subset under compute-sanitizer, and a short benchmark.
 # Usage: scripts/check_cuda.sh      PYTHON=... chooses the interpreter (default python3), which needs torch and pytest
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD

@@ -2,6 +2,7 @@
 # From a fresh clone to a network that reads handwritten digits: makes the environment (scripts/setup.sh), then trains.
 # Usage: scripts/quickstart.sh [options of scripts/train_mnist.py, see --help]      VENV=DIR chooses the environment
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 "$root/scripts/setup.sh"
 echo "quickstart: scripts/train_mnist.py $*"

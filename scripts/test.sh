@@ -3,6 +3,7 @@
 # Usage: scripts/test.sh [pytest options]      VENV=DIR chooses the environment
 # TORCH_MLP_DATA=DIR names the folder that holds MNIST/raw, for the tests on real MNIST.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh
 echo "test: pytest $*"

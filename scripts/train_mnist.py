@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Train a multilayer perceptron on MNIST with minibatch SGD, as in the lecture, on torch_mlp's fused ops.
 
-With the defaults (one hidden layer of 512 sigmoid units, 10 epochs) it reaches about 98.3 % test accuracy.
+With the defaults (one hidden layer of 512 sigmoid units, 10 epochs) it reaches about 98.0 % test accuracy.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Iterator
@@ -43,19 +44,19 @@ def parse_arguments() -> argparse.Namespace:
     sgd = parser.add_argument_group("minibatch SGD")
     sgd.add_argument("--epochs", type=positive, default=10, metavar="N")
     sgd.add_argument("--batch-size", type=positive, default=128, metavar="N")
-    sgd.add_argument("--lr", type=float, default=0.1, help="learning rate")
+    sgd.add_argument("--lr", type=not_negative, default=0.1, help="learning rate")
     sgd.add_argument("--lr-decay", choices=training.LR_DECAYS, default="linear", help="to 0 over the run, or none")
-    sgd.add_argument("--momentum", type=float, default=0.9)
-    sgd.add_argument("--weight-decay", type=float, default=0.0)
+    sgd.add_argument("--momentum", type=not_negative, default=0.9)
+    sgd.add_argument("--weight-decay", type=not_negative, default=0.0)
     sgd.add_argument(
         "--sampling", choices=training.SAMPLINGS, default="partition", help="one random partition an epoch, or draws"
     )
-    sgd.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the images")
+    sgd.add_argument("--seed", type=seed, default=0, help="of the initial weights and the order of the images")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     machine.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
-    machine.add_argument("--threads", type=positive, default=None, metavar="N", help="CPU threads (default: torch's)")
+    machine.add_argument("--threads", type=threads, default=None, metavar="N", help="CPU threads (default: torch's)")
 
     files = parser.add_argument_group("data and results")
     files.add_argument("--dataset", choices=data.DATASETS, default="auto", help="auto: mnist, else digits")
@@ -74,10 +75,34 @@ def parse_arguments() -> argparse.Namespace:
 
 def positive(text: str) -> int:
     """A positive integer."""
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed that torch takes."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {text}")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
     return value
+
+
+def threads(text: str) -> int:
+    """A number of threads that this machine can run at once."""
+    if positive(text) > (cores := os.cpu_count() or 1):
+        raise argparse.ArgumentTypeError(f"expected at most {cores}, the cores of this machine, got {text}")
+    return int(text)
 
 
 def choose_device(name: str) -> str:
@@ -98,7 +123,7 @@ def fail(message: str) -> None:
 def stock_twin(model: torch_mlp.nn.MLP) -> torch.nn.Sequential:
     """The same network, with the same weights, of stock torch layers."""
     layers: list[torch.nn.Module] = []
-    for layer in model:
+    for layer in model.children():
         layers += [
             torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None),
             STOCK_ACTIVATIONS[layer.activation](),
@@ -155,7 +180,10 @@ def main() -> int:
         fail(str(error))
     if arguments.limit:
         dataset = dataset.first(arguments.limit)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output-dir {arguments.output_dir} cannot be made: {error.strerror}")
 
     torch.manual_seed(arguments.seed)
     model = torch_mlp.nn.MLP(dataset.num_features, arguments.hidden, dataset.num_classes, arguments.activation)
@@ -185,8 +213,9 @@ def main() -> int:
         print("\nStopped by Ctrl-C; what was learned is saved.")
         exit_code = 130
     except FloatingPointError as error:
-        print(f"\nStopped: {error}.", file=sys.stderr)
-        exit_code = 1
+        print(f"\nStopped: {error}. Nothing is saved.", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not lose what the first one saves
 
     final = training.evaluate(model, criteria["torch_mlp"], resident)
     print_report(dataset.test_labels, final.predictions, dataset.num_classes, histories)
@@ -201,7 +230,7 @@ def main() -> int:
         "test_loss": final.loss,
         "epochs": {name: [epoch._asdict() for epoch in history] for name, history in histories.items()},
     }
-    metrics.write_text(json.dumps(record, indent=2) + "\n")
+    metrics.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     plot.training_report(histories, dataset.test_images, dataset.test_labels, final.predictions).savefig(
         picture, dpi=100
     )
@@ -210,4 +239,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # before there was anything to save

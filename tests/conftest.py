@@ -34,7 +34,7 @@ def mnist_dir() -> Path:
     """The folder that holds MNIST/raw."""
     if "TORCH_MLP_DATA" not in os.environ:
         pytest.skip("needs real MNIST: set TORCH_MLP_DATA to the folder that holds MNIST/raw")
-    return Path(os.environ["TORCH_MLP_DATA"])
+    return Path(os.environ["TORCH_MLP_DATA"]).resolve()
 
 
 @pytest.fixture(autouse=True)

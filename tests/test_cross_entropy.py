@@ -270,6 +270,71 @@ def test_functional_transforms(device):
     torch.testing.assert_close(ours, theirs)
 
 
+@weights
+@smoothings
+@reductions
+def test_vmap_over_a_backward_pass(device, reduction, label_smoothing, weighted):
+    input, target, weight = make(device, weighted=weighted)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    grad_outputs = torch.stack([upstream(7, reduction, input) for _ in range(3)])
+
+    def of_each(function):
+        loss = function(input, target, weight, **options)
+        return torch.func.vmap(lambda v: torch.autograd.grad(loss, input, v, retain_graph=True)[0])(grad_outputs)
+
+    torch.testing.assert_close(of_each(cross_entropy), of_each(eager))
+
+
+def second_gradient(function, input, *arguments, **options):
+    (first,) = torch.autograd.grad(function(input, *arguments, **options).sum(), input, create_graph=True)
+    return torch.autograd.grad((first * torch.arange(1.0, 6.0, device=input.device)).sum(), input)[0]
+
+
+@reductions
+def test_double_backward_at_the_edges(device, reduction):
+    """An empty batch; every row ignored; an ignored row that holds NaN."""
+    input, target, _ = make(device)
+    assert second_gradient(cross_entropy, input[:0], target[:0], reduction=reduction).shape == (0, 5)
+    assert not second_gradient(cross_entropy, input, torch.full_like(target, -100), reduction=reduction).any()
+    expected = second_gradient(eager, input, target, reduction=reduction)
+    with torch.no_grad():
+        input[target < 0] = torch.nan
+    torch.testing.assert_close(second_gradient(cross_entropy, input, target, reduction=reduction), expected)
+
+
+def test_double_backward_of_a_long_float16_batch(device):
+    """Whose length, 70,000, is more than float16 holds."""
+    input = torch.randn(70_000, 5, device=device).half().requires_grad_()
+    target = torch.randint(5, (70_000,), device=device)
+    exact = input.detach().double().requires_grad_()
+
+    def scaled(function):
+        return lambda *arguments: 1e4 * function(*arguments)
+
+    ours, truth = second_gradient(scaled(cross_entropy), input, target), second_gradient(scaled(eager), exact, target)
+    torch.testing.assert_close(ours.double(), truth, rtol=0.02, atol=0.02 * truth.abs().max().item())
+
+
+def test_autocast(device):
+    input, target, weight = make(device, torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        ours, theirs = (function(input.bfloat16(), target, weight) for function in (cross_entropy, eager))
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_uint8_target(device):
+    input, target, weight = make(device)
+    target = target.clamp(min=0)
+    torch.testing.assert_close(cross_entropy(input, target.byte(), weight), eager(input, target, weight))
+
+
+def test_weight_has_no_gradient(device):
+    input, target, weight = make(device)
+    with pytest.raises(RuntimeError, match="cross_entropy: expected weight not to require grad"):
+        cross_entropy(input, target, weight.requires_grad_())
+
+
 def test_deprecated_reduction_arguments(device):
     input, target, weight = make(device)
     with pytest.warns(UserWarning, match="size_average"):

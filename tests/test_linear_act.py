@@ -33,6 +33,10 @@ def test_table_is_complete():
     assert set(ACTIVATIONS) == set(EAGER)
 
 
+def gradients_with_graph(function, tensors, grad_output):
+    return torch.autograd.grad(function(*tensors), tensors, grad_output, create_graph=True)
+
+
 # (67, 300): tails of any vector width; (300, 4100): several cache blocks; (5000, 9): several blocks of the bias sum
 @pytest.mark.parametrize(("batch", "outs"), [(1, 1), (67, 300), (300, 4100), (5000, 9)])
 @activations
@@ -223,6 +227,58 @@ def test_functional_transforms(device, activation):
         dual = torch.autograd.forward_ad.make_dual(input, tangent)
         found = torch.autograd.forward_ad.unpack_dual(linear_act(dual, weight, bias, activation)).tangent
     torch.testing.assert_close(found, theirs[1])
+
+
+@activations
+def test_vmap_over_a_backward_pass(device, activation):
+    """Whose forward pass ran outside of the transform: how Jacobians are computed row by row at once."""
+    tensors = make(device)
+    grad_outputs = torch.randn(3, 7, 4, dtype=torch.float64, device=device)
+
+    def of_each(function):
+        output = function(*tensors, activation)
+        return torch.func.vmap(lambda v: torch.autograd.grad(output, tensors, v, retain_graph=True))(grad_outputs)
+
+    found, expected = of_each(linear_act), of_each(eager)
+    for our, their in zip(found, expected, strict=True):
+        torch.testing.assert_close(our, their)
+    for place in range(3):
+
+        def loss(tensor, f, place=place):
+            return f(*tensors[:place], tensor, *tensors[place + 1 :], activation).square().sum()
+
+        ours, theirs = (
+            torch.autograd.functional.hessian(lambda t, f=f: loss(t, f), tensors[place], vectorize=True)
+            for f in (linear_act, eager)
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@activations
+def test_16_bit_double_backward(device, activation, dtype):
+    tensors = make(device, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    grad_output = torch.randn(7, 4, dtype=torch.float64).to(device, dtype)
+
+    def second(function, tensors):
+        first = gradients_with_graph(lambda *t: function(*t, activation), tensors, grad_output.to(tensors[0].dtype))
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), tensors, allow_unused=True)
+
+    for ours, truth in zip(second(linear_act, tensors), second(eager, exact), strict=True):
+        if truth is not None:
+            torch.testing.assert_close(ours.double(), truth, rtol=0.1, atol=0.1 * truth.abs().max().item())
+
+
+def test_autocast(device):
+    input, weight, bias = make(device, torch.float32)
+    with torch.autocast(device, torch.bfloat16):
+        output = linear_act(torch.nn.functional.linear(input, torch.eye(5, device=device)), weight, bias)
+        expected = eager(input, weight, bias, "sigmoid")
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected)
+    assert torch.autograd.grad(output.float().sum(), weight)[0].dtype == torch.float32
+    assert linear_act(*make(device)).dtype == torch.float64
 
 
 def test_meta_device_gives_shapes():

@@ -117,6 +117,12 @@ def test_learns_xor():
     assert accuracies[1] == 1.0
 
 
+@pytest.mark.parametrize("hidden", [[], [4]])
+def test_unknown_activation(hidden):
+    with pytest.raises(ValueError, match=r"MLP: expected activation to be one of identity, .*, got 'gelu'"):
+        MLP(5, hidden, 3, "gelu")
+
+
 @pytest.mark.parametrize("widths", [(0, [4], 3), (5, [0], 3), (5, [4], 0), (5, [-1], 3)])
 def test_widths_must_be_positive(widths):
     with pytest.raises(ValueError, match="MLP: expected every layer to have at least 1 feature, got"):

@@ -95,9 +95,7 @@ def test_mnist(tmp_path, mnist_dir):
 
 
 def test_data_folder_from_the_environment(tmp_path, mnist_dir):
-    finished = run(
-        tmp_path, "--dataset", "mnist", "--epochs", 1, "--limit", 1000, TORCH_MLP_DATA=str(mnist_dir.resolve())
-    )
+    finished = run(tmp_path, "--dataset", "mnist", "--epochs", 1, "--limit", 1000, TORCH_MLP_DATA=str(mnist_dir))
     assert "MNIST: 1000 training and 1000 test images" in finished.stdout
     assert (tmp_path / "runs" / "mnist" / "weights.safetensors").exists()
 
@@ -130,10 +128,37 @@ def test_a_truncated_file_stops_the_script(tmp_path):
 
 
 def test_divergence(tmp_path):
+    """Weights that are no numbers do not take the place of those of an earlier run."""
+    run(tmp_path, "--dataset", "digits", "--epochs", 1, "--output-dir", "out")
+    before = weights(tmp_path / "out")
     options = ("--dataset", "digits", "--lr", 1e30, "--activation", "relu", "--output-dir", "out")
     finished = run(tmp_path, *options, code=1)
     assert "Stopped: train: the loss is" in finished.stderr
     assert "Traceback" not in finished.stderr
+    assert torch.equal(weights(tmp_path / "out"), before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [
+        ("--lr", "nan", "expected a number of at least 0, got nan"),
+        ("--momentum", "-1", "expected a number of at least 0, got -1"),
+        ("--epochs", "0", "expected a positive integer, got 0"),
+        ("--hidden", "abc", "expected a positive integer, got abc"),
+        ("--seed", str(2**63), "expected an integer from 0 to"),
+        ("--threads", "100000", "the cores of this machine, got 100000"),
+    ],
+)
+def test_bad_values(tmp_path, option, value, sentence):
+    finished = run(tmp_path, option, value, code=2)
+    assert sentence in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    finished = run(tmp_path, "--dataset", "digits", "--output-dir", "file", code=2)
+    assert finished.stderr == "train_mnist.py: --output-dir file cannot be made: File exists\n"
 
 
 def test_device_that_is_not_there(tmp_path):

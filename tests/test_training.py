@@ -146,6 +146,13 @@ def test_evaluate(device, digits):
     assert evaluation.accuracy == (logits.argmax(1) == labels).double().mean().item()
 
 
+def test_evaluate_is_in_eval_mode_and_leaves_the_mode_as_it_was(digits):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 10), torch.nn.Dropout(0.5))
+    losses = {training.evaluate(model, torch.nn.CrossEntropyLoss(), digits).loss for _ in range(3)}
+    assert len(losses) == 1
+    assert model.training
+
+
 def test_divergence_is_an_error(digits):
     model = nn.MLP(64, 64, 10, "relu")
     with pytest.raises(FloatingPointError, match=r"train: the loss is .* in epoch .; try a lower learning rate"):
