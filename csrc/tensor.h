@@ -25,6 +25,8 @@ using torch::stable::Tensor;
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A new tensor on the device of `like`.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);

@@ -23,8 +23,6 @@ namespace {
 constexpr int64_t kElementsPerThread = 8192;  // exponentials that pay for waking a thread
 constexpr int64_t kMaxSumBlocks = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Options {
   Reduction reduction;
   int64_t ignore_index;

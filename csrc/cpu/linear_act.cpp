@@ -32,8 +32,6 @@ constexpr int64_t kMinSumRows = 64;
 template <typename scalar_t>
 using sum_t = std::conditional_t<sizeof(scalar_t) == 2, float, double>;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename Activation, typename scalar_t>
 void activate(scalar_t* y, int64_t count) {
   torch::stable::parallel_for(0, count, kElementsPerThread, [&](int64_t begin, int64_t end) {

@@ -35,8 +35,6 @@ inline cudaStream_t current_stream(const Tensor& self) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A grid of that many blocks, or of as many as CUDA takes: the kernels stride over what is left.
 inline unsigned int grid_of(int64_t blocks, int64_t most = std::numeric_limits<int32_t>::max()) {
   return static_cast<unsigned int>(std::max<int64_t>(1, std::min(blocks, most)));
