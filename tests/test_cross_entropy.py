@@ -302,6 +302,23 @@ def test_double_backward_at_the_edges(device, reduction):
     torch.testing.assert_close(second_gradient(cross_entropy, input, target, reduction=reduction), expected)
 
 
+@reductions
+def test_double_backward_by_the_incoming_gradient_at_the_edges(device, reduction):
+    """Every row ignored; an ignored row that holds NaN."""
+    input, target, _ = make(device)
+    poisoned = input.detach().where(target.unsqueeze(1) >= 0, torch.nan).requires_grad_()
+
+    def found(input, target):
+        grad_output = torch.ones((7,) if reduction == "none" else (), device=device).double().requires_grad_()
+        loss = cross_entropy(input, target, reduction=reduction)
+        (first,) = torch.autograd.grad(loss, input, grad_output, create_graph=True)
+        return torch.autograd.grad((first * torch.arange(1.0, 6.0, device=device)).sum(), grad_output)[0]
+
+    assert torch.equal(found(input, torch.full_like(target, -100)), torch.zeros_like(found(input, target)))
+    torch.testing.assert_close(found(poisoned, target), found(input, target))
+    assert found(input, target).any()
+
+
 def test_double_backward_of_a_long_float16_batch(device):
     """Whose length, 70,000, is more than float16 holds."""
     input = torch.randn(70_000, 5, device=device).half().requires_grad_()
