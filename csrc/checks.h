@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -23,20 +24,32 @@ void check(bool condition, const Parts&... parts) {
   }
 }
 
-template <typename Sizes>
-std::string shape_of(const Sizes& sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    text << (d ? ", " : "") << sizes[d];
+// What a message says of a tensor; written out only if the check fails, for the checks run at every call.
+struct Shape {
+  const int64_t* sizes;
+  size_t dim;
+
+  friend std::ostream& operator<<(std::ostream& out, const Shape& self) {
+    out << '(';
+    for (size_t d = 0; d < self.dim; ++d) {
+      out << (d ? ", " : "") << self.sizes[d];
+    }
+    return out << (self.dim == 1 ? ",)" : ")");
   }
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
+};
+
+template <typename Sizes>
+Shape shape_of(const Sizes& sizes) {
+  return {sizes.data(), sizes.size()};
 }
 
-inline std::string device_of(const torch::stable::Tensor& self) {
-  return self.is_cpu() ? "cpu" : "cuda:" + std::to_string(self.get_device_index());
-}
+struct Device {
+  const torch::stable::Tensor& self;
+
+  friend std::ostream& operator<<(std::ostream& out, const Device& device) {
+    return device.self.is_cpu() ? out << "cpu" : out << "cuda:" << device.self.get_device_index();
+  }
+};
 
 inline void check_floating(const char* op, const char* name, const torch::stable::Tensor& self) {
   using torch::headeronly::ScalarType;
@@ -49,7 +62,7 @@ inline void check_floating(const char* op, const char* name, const torch::stable
 inline void check_same_device(const char* op, const char* name, const torch::stable::Tensor& self,
                               const torch::stable::Tensor& input) {
   check(self.is_cpu() == input.is_cpu() && self.get_device_index() == input.get_device_index(), op, ": expected ", name,
-        " on the device of input, ", device_of(input), ", got ", device_of(self));
+        " on the device of input, ", Device{input}, ", got ", Device{self});
 }
 
 inline void check_like_input(const char* op, const char* name, const torch::stable::Tensor& self,
@@ -61,7 +74,8 @@ inline void check_like_input(const char* op, const char* name, const torch::stab
 
 template <typename Sizes>
 void check_shape(const char* op, const char* name, const torch::stable::Tensor& self, const Sizes& expected) {
-  check(shape_of(self.sizes()) == shape_of(expected), op, ": expected ", name, " of shape ", shape_of(expected),
+  const auto sizes = self.sizes();
+  check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op, ": expected ", name, " of shape ", shape_of(expected),
         ", got ", shape_of(self.sizes()));
 }
 

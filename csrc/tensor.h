@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
@@ -29,7 +30,20 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A new tensor on the device of `like`.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) {
+    strides[d] = stride;
+  }
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle result;
+  // Half the time of torch::stable::new_empty, which goes through the dispatcher's boxed calls.
+  check(!aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype), device_type,
+                                  device_index, &result),
+        "torch_mlp: expected memory for a result of shape ", shape_of(sizes), ", got none: not enough memory");
+  return Tensor(result);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& self) { return {self.sizes().begin(), self.sizes().end()}; }
@@ -64,18 +78,23 @@ inline Tensor rows_of(const Tensor& self, int64_t begin, int64_t end) {
   return matrix_view(self, end - begin, self.size(1), self.stride(0), self.stride(1), begin * self.stride(0));
 }
 
+// The library says why on stderr; its error codes carry no message.
+inline void check_product(AOTITorchError error) {
+  check(error == AOTI_TORCH_SUCCESS, "torch_mlp: torch's matrix product failed, as torch.mm would");
+}
+
 // out = a @ b (+ bias, one value per column), by the library's GEMM.
 inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b,
                        const std::optional<Tensor>& bias = std::nullopt) {
 #ifdef TORCH_MLP_WITH_CUDA
   if (out.is_cuda()) {
-    TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
-                                : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+    check_product(bias ? aoti_torch_cuda_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
+                       : aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
     return;
   }
 #endif
-  TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
-                              : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  check_product(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
+                     : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // Calls body with a value of the C++ type that stores a floating-point dtype; check_floating has been called.

@@ -1,0 +1,66 @@
+// Which table of vector kernels this process uses.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../checks.h"
+
+namespace torch_mlp {
+namespace {
+
+struct Level {
+  const Kernels* kernels;
+  bool is_supported;
+};
+
+// The level that the environment asks for, null if none.
+const char* forced_level() {
+  const char* name = std::getenv("TORCH_MLP_CPU_CAPABILITY");
+  return name && *name ? name : nullptr;
+}
+
+const Kernels& choose() {
+  // The best one comes last.
+  const Level levels[] = {
+      {&level_default::kernels, true},
+#if defined(__x86_64__)
+      {&level_avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&level_avx512::kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+#endif
+  };
+  const char* wanted = forced_level();
+  const Kernels* best = nullptr;
+  std::string names;
+  for (const Level& level : levels) {
+    if (level.is_supported) {
+      names += (names.empty() ? "" : ", ") + std::string(level.kernels->name);
+      if (!wanted || std::strcmp(wanted, level.kernels->name) == 0) {
+        best = level.kernels;
+      }
+    }
+  }
+  check<std::invalid_argument>(best != nullptr, "torch_mlp: expected TORCH_MLP_CPU_CAPABILITY to be one of ", names,
+                               " on this processor, got '", wanted ? wanted : "", "'");
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+bool library_is_tuned_for_processor() {
+#if defined(__x86_64__)
+  static const bool is_tuned = __builtin_cpu_is("intel") && !forced_level();
+  return is_tuned;
+#else
+  return false;
+#endif
+}
+
+}  // namespace torch_mlp

@@ -1,0 +1,113 @@
+// The vector kernels of the CPU: what the ops call through raw pointers, once for each instruction set.
+//
+// level_default.cpp, level_avx2.cpp and level_avx512.cpp compile the same sources (vector.h, gemm.h, elementwise.h,
+// softmax.h) for one instruction set each, in a namespace of its own; kernels() gives the table of the best one that
+// the processor has. Those files include no header of torch and no template of the standard library, for the linker
+// keeps one copy of an inline function, and it must not be one that only some processors can run.
+#pragma once
+
+#include <cstdint>
+
+namespace torch_mlp {
+
+enum class ActivationKind { Identity, Sigmoid, Tanh, ReLU };
+
+// The bits of a bfloat16: the upper half of a float.
+struct bfloat16_bits {
+  uint16_t bits;
+};
+
+// A row-major matrix of floats; adjacent rows are stride elements apart.
+struct ConstMatrix {
+  const float* data;
+  int64_t stride;
+};
+struct Matrix {
+  float* data;
+  int64_t stride;
+};
+
+struct LinearShape {
+  int64_t batch, in_features, out_features;
+};
+
+struct LinearForward {
+  LinearShape shape;
+  ConstMatrix input, weight;  // (batch, in_features), (out_features, in_features)
+  const float* bias;          // (out_features,) or null
+  Matrix output;              // (batch, out_features)
+  ActivationKind activation;
+};
+
+// The product a b or a^T b into c (rows, cols), summed over depth.
+struct Product {
+  int64_t rows, cols, depth;
+  ConstMatrix a;  // (rows, depth), or (depth, rows) where it is transposed
+  bool a_transposed;
+  ConstMatrix b;  // (depth, cols)
+  Matrix c;
+};
+
+template <typename T>
+struct ElementwiseKernels {
+  // y = act(y)
+  void (*activate)(ActivationKind, T* y, int64_t count);
+  // gz = gy * act'(z) by y, where gz is not null; sums[j] += the sum over the rows of gz, where sums is not null, of
+  // matrices (rows, cols), contiguous but for gz.
+  void (*activation_backward)(ActivationKind, const T* gy, const T* y, T* gz, int64_t gz_stride, double* sums,
+                              int64_t rows, int64_t cols);
+};
+
+template <typename T>
+struct SoftmaxKernels {
+  // maximum[i] = max_c x[i, c], sum[i] = sum_c exp(x[i, c] - maximum[i]) of a contiguous matrix (rows, classes)
+  void (*statistics)(const T* x, int64_t rows, int64_t classes, float* maximum, float* sum);
+  // sum_c weight[c] * (maximum - x[c]), weight being 1 where it is null
+  float (*deficit)(const T* x, const T* weight, int64_t classes, float maximum);
+  // grad[c] = factor * (exp(x[c] - maximum) - [c = target] * at_target) - offset * weight[c], weight 1 where it is null
+  void (*gradient)(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset,
+                   int64_t target, float at_target);
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes;  // floats in a vector
+
+  // Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and floats of scratch
+  // memory, as many as the *_scratch function says.
+  int64_t (*linear_tasks)(const LinearShape&);
+  int64_t (*linear_scratch)(const LinearShape&);
+  void (*linear)(const LinearForward&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*product_tasks)(const Product&);
+  int64_t (*product_scratch)(const Product&);
+  void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
+
+  ElementwiseKernels<float> elementwise_float;
+  ElementwiseKernels<bfloat16_bits> elementwise_bfloat16;
+  SoftmaxKernels<float> softmax_float;
+  SoftmaxKernels<bfloat16_bits> softmax_bfloat16;
+  // y = log(x) for x >= 1 and NaN
+  void (*log)(const float* x, float* y, int64_t count);
+};
+
+namespace level_default {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace level_avx2 {
+extern const Kernels kernels;
+}
+namespace level_avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The table for this processor, or the one that TORCH_MLP_CPU_CAPABILITY (default, avx2 or avx512) names; chosen at the
+// first call.
+const Kernels& kernels();
+
+// Whether torch's library has matrix products of its own for this processor: MKL for Intel's. False where a level is
+// forced, so that the kernels can be tested and measured on any processor.
+bool library_is_tuned_for_processor();
+
+}  // namespace torch_mlp

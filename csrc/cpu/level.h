@@ -1,0 +1,50 @@
+// One instruction set's kernels: included once by each level_*.cpp, which says which.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+// Below the headers above, and only there, the compiler may use the instructions of the level.
+#ifdef TORCH_MLP_TARGET
+#define TORCH_MLP_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define TORCH_MLP_PUSH_TARGET(names) \
+  TORCH_MLP_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#else
+#define TORCH_MLP_PUSH_TARGET(names) TORCH_MLP_PRAGMA(GCC target(names))
+#endif
+TORCH_MLP_PUSH_TARGET(TORCH_MLP_TARGET)
+#endif
+
+#include "elementwise.h"
+#include "gemm.h"
+#include "softmax.h"
+
+namespace torch_mlp::TORCH_MLP_LEVEL {
+
+const Kernels kernels{
+    TORCH_MLP_LEVEL_NAME,
+    kLanes,
+    linear_tasks,
+    linear_scratch,
+    linear,
+    product_tasks,
+    product_scratch,
+    product,
+    {activate<float>, activation_backward<float>},
+    {activate<bfloat16_bits>, activation_backward<bfloat16_bits>},
+    {statistics<float>, deficit<float>, gradient<float>},
+    {statistics<bfloat16_bits>, deficit<bfloat16_bits>, gradient<bfloat16_bits>},
+    log,
+};
+
+}  // namespace torch_mlp::TORCH_MLP_LEVEL
+
+#if defined(TORCH_MLP_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#endif

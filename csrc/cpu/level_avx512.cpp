@@ -1,0 +1,8 @@
+// The vector kernels with AVX-512: 16 lanes.
+#if defined(__x86_64__)
+#define TORCH_MLP_LEVEL level_avx512
+#define TORCH_MLP_LEVEL_NAME "avx512"
+#define TORCH_MLP_LANES 16
+#define TORCH_MLP_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#include "level.h"
+#endif

@@ -1,0 +1,31 @@
+// Memory that a thread keeps from call to call, so that the ops allocate nothing but their results.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace torch_mlp {
+
+// What a thread keeps for one purpose, at most. Work that needs more takes another way.
+constexpr int64_t kMaxScratchBytes = 4 << 20;
+
+// At least count elements on a 64-byte boundary, with any content, valid until this thread asks for this Purpose again.
+template <typename Purpose, typename T>
+T* scratch(int64_t count) {
+  constexpr std::align_val_t line{64};
+  struct Free {
+    void operator()(T* memory) const { ::operator delete[](memory, line); }
+  };
+  thread_local std::unique_ptr<T[], Free> memory;
+  thread_local int64_t capacity = 0;
+  if (count > capacity) {
+    memory.reset();
+    capacity = 0;
+    memory.reset(static_cast<T*>(::operator new[](count * sizeof(T), line)));
+    capacity = count;
+  }
+  return memory.get();
+}
+
+}  // namespace torch_mlp

@@ -1,0 +1,271 @@
+// Vectors of floats in the compiler's own vector types: loads and stores, exp, log, the activations, a transpose.
+//
+// What arithmetic operators and ?: do element by element is left to the compiler; intrinsics are used only where it has
+// no word for an instruction. For level.h; see kernels.h for why nothing of the standard library is called here.
+#pragma once
+
+namespace torch_mlp::TORCH_MLP_LEVEL {
+namespace {
+
+constexpr int kLanes = TORCH_MLP_LANES;
+
+using vec = float __attribute__((vector_size(4 * kLanes)));
+using vec_int = int32_t __attribute__((vector_size(4 * kLanes)));
+using vec_short = uint16_t __attribute__((vector_size(2 * kLanes)));
+using vec_uint = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+#define TORCH_MLP_INLINE inline __attribute__((always_inline))
+// Loops over registers have to vanish, else the array of them lives in memory.
+#define TORCH_MLP_UNROLL _Pragma("GCC unroll 32")
+
+// x - 0 and not 0 + x, which would turn -0 into 0 and cost an instruction.
+TORCH_MLP_INLINE vec broadcast(float x) { return x - vec{}; }
+
+TORCH_MLP_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+TORCH_MLP_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+TORCH_MLP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// --- loads and stores; the part_ ones touch only the first count elements and fill up with zeros ---
+
+TORCH_MLP_INLINE vec load(const float* from) {
+  vec value;
+  memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+TORCH_MLP_INLINE void store(float* to, vec value) { memcpy(to, &value, sizeof(value)); }
+
+TORCH_MLP_INLINE vec load_part(const float* from, int64_t count) {
+#if TORCH_MLP_LANES == 16
+  return (vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+#else
+  float values[kLanes] = {};
+  for (int64_t l = 0; l < count; ++l) {
+    values[l] = from[l];
+  }
+  return load(values);
+#endif
+}
+
+TORCH_MLP_INLINE void store_part(float* to, vec value, int64_t count) {
+#if TORCH_MLP_LANES == 16
+  _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)value);
+#else
+  float values[kLanes];
+  store(values, value);
+  for (int64_t l = 0; l < count; ++l) {
+    to[l] = values[l];
+  }
+#endif
+}
+
+TORCH_MLP_INLINE vec widen(vec_short bits) { return (vec)(__builtin_convertvector(bits, vec_uint) << 16); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+TORCH_MLP_INLINE vec_short narrow(vec value) {
+  const vec_uint bits = (vec_uint)value;
+  const vec_uint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(value != value ? vec_uint{} + 0x7fc0 : rounded, vec_short);
+}
+
+TORCH_MLP_INLINE vec load(const bfloat16_bits* from) {
+  vec_short bits;
+  memcpy(&bits, from, sizeof(bits));
+  return widen(bits);
+}
+
+TORCH_MLP_INLINE void store(bfloat16_bits* to, vec value) {
+  const vec_short bits = narrow(value);
+  memcpy(to, &bits, sizeof(bits));
+}
+
+TORCH_MLP_INLINE vec load_part(const bfloat16_bits* from, int64_t count) {
+  bfloat16_bits values[kLanes] = {};
+  memcpy(values, from, count * sizeof(bfloat16_bits));
+  return load(values);
+}
+
+TORCH_MLP_INLINE void store_part(bfloat16_bits* to, vec value, int64_t count) {
+  bfloat16_bits values[kLanes];
+  store(values, value);
+  memcpy(to, values, count * sizeof(bfloat16_bits));
+}
+
+// How many of count elements fill whole vectors.
+TORCH_MLP_INLINE int64_t whole_vectors(int64_t count) { return count / kLanes * kLanes; }
+
+// --- sums and the transpose ---
+
+// Lane l of the results is a's or b's, in turns of distance lanes: low takes a's and b's lower halves, high the upper.
+template <int distance, size_t... lane>
+TORCH_MLP_INLINE void exchange(vec& a, vec& b, std::index_sequence<lane...>) {
+  const vec low = __builtin_shufflevector(a, b, int(lane & distance ? lane - distance + kLanes : lane)...);
+  const vec high = __builtin_shufflevector(a, b, int(lane & distance ? lane + kLanes : lane + distance)...);
+  a = low;
+  b = high;
+}
+
+// The square of kLanes vectors, transposed.
+template <int distance = 1>
+TORCH_MLP_INLINE void transpose(vec (&rows)[kLanes]) {
+  if constexpr (distance < kLanes) {
+    TORCH_MLP_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (!(i & distance)) {
+        exchange<distance>(rows[i], rows[i + distance], std::make_index_sequence<kLanes>{});
+      }
+    }
+    transpose<2 * distance>(rows);
+  }
+}
+
+// Lane l of the result is the sum over the lanes of values[l].
+template <int count = kLanes>
+TORCH_MLP_INLINE vec sums_of(vec (&values)[kLanes]) {
+  if constexpr (count == 1) {
+    return values[0];
+  } else {
+    TORCH_MLP_UNROLL
+    for (int i = 0; i < count / 2; ++i) {
+      exchange<count / 2>(values[i], values[i + count / 2], std::make_index_sequence<kLanes>{});
+      values[i] += values[i + count / 2];
+    }
+    return sums_of<count / 2>(values);
+  }
+}
+
+TORCH_MLP_INLINE float sum_of(vec value) {
+  vec values[kLanes] = {value};
+  return sums_of(values)[0];
+}
+
+TORCH_MLP_INLINE vec maximum_of(vec a, vec b) { return b > a ? b : a; }
+
+TORCH_MLP_INLINE float maximum_of(vec value) {
+  float maximum = value[0];
+  TORCH_MLP_UNROLL
+  for (int l = 1; l < kLanes; ++l) {
+    maximum = value[l] > maximum ? value[l] : maximum;
+  }
+  return maximum;
+}
+
+// --- exp and log ---
+
+// exp(x) = 2^n (1 + q), with n the integer nearest to x / log 2 and q = exp(r) - 1 of the rest |r| <= log(2) / 2.
+struct PowerAndRest {
+  vec n, q;
+};
+
+TORCH_MLP_INLINE PowerAndRest split_exp(vec x) {
+  // Adding 1.5 * 2^23 rounds to an integer. log(2) is subtracted in two parts, of which n times the first is exact
+  // (Cody and Waite, Software Manual for the Elementary Functions, 1980, chapter 6).
+  constexpr float to_integer = 12582912.0f;
+  const vec n = (x * 1.44269504f + to_integer) - to_integer;
+  const vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  vec taylor = r * (1.0f / 5040) + 1.0f / 720;
+  taylor = taylor * r + 1.0f / 120;
+  taylor = taylor * r + 1.0f / 24;
+  taylor = taylor * r + 1.0f / 6;
+  taylor = taylor * r + 0.5f;
+  return {n, taylor * (r * r) + r};
+}
+
+TORCH_MLP_INLINE vec power_of_two(vec_int n) { return (vec)((n + 127) << 23); }
+
+TORCH_MLP_INLINE vec_int to_int(vec n) { return (vec_int)(n + 12582912.0f) - (vec_int)broadcast(12582912.0f); }
+
+TORCH_MLP_INLINE vec exp(vec x) {
+  // Beyond these bounds the result is 0 or infinity; NaN passes both comparisons.
+  x = x < -104.0f ? broadcast(-104.0f) : x;
+  x = x > 89.0f ? broadcast(89.0f) : x;
+  const PowerAndRest parts = split_exp(x);
+#if TORCH_MLP_LANES == 16
+  return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)(1.0f + parts.q), (__m512)parts.n);
+#else
+  const vec_int n = to_int(parts.n), half = n >> 1;  // 2^n itself may lie outside the range of float
+  return (1.0f + parts.q) * power_of_two(half) * power_of_two(n - half);
+#endif
+}
+
+// log(x) for finite x >= 1, and NaN.
+TORCH_MLP_INLINE vec log(vec x) {
+  // x = 2^n m with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 artanh(s) with s = (m - 1) / (m + 1).
+  constexpr int32_t bits_of_sqrt_half = 0x3f3504f3;
+  const vec_int n = ((vec_int)x - bits_of_sqrt_half) >> 23;
+  const vec m = (vec)((vec_int)x - (n << 23));
+  const vec s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  vec series = z * (2.0f / 9) + 2.0f / 7;
+  series = series * z + 2.0f / 5;
+  series = series * z + 2.0f / 3;
+  const vec n_float = __builtin_convertvector(n, vec);
+  const vec low = n_float * 1.42860677e-6f + s * z * series;
+  return (n_float * 0.693145752f + (low + 2.0f * s)) + (x - x);  // x - x is NaN for NaN, else 0
+}
+
+// --- activations, as in ../activation.h ---
+
+TORCH_MLP_INLINE vec sigmoid(vec z) { return 1.0f / (1.0f + exp(-z)); }
+
+// With t = exp(-2 |z|): (1 - t) / (1 + t) near 0, where 1 - t is known as -(2^n q + (2^n - 1)) to all its digits, and
+// 1 - 2 t / (1 + t) away from it, where the 1 is exact.
+TORCH_MLP_INLINE vec tanh(vec z) {
+  const vec_int sign = (vec_int)z & INT32_MIN;
+  vec x = -2.0f * (vec)((vec_int)z ^ sign);
+  x = x < -40.0f ? broadcast(-40.0f) : x;  // there tanh is 1
+  const PowerAndRest parts = split_exp(x);
+  const vec power = power_of_two(to_int(parts.n)), t = power * parts.q + power;
+  const vec_int is_near = x > -1.1f;
+  const vec quotient = (is_near ? -(power * parts.q + (power - 1.0f)) : -2.0f * t) / (1.0f + t);
+  return (vec)((vec_int)(quotient + (is_near ? vec{} : broadcast(1.0f))) | sign);
+}
+
+template <ActivationKind kind>
+TORCH_MLP_INLINE vec activation(vec z) {
+  if constexpr (kind == ActivationKind::Sigmoid) {
+    return sigmoid(z);
+  } else if constexpr (kind == ActivationKind::Tanh) {
+    return tanh(z);
+  } else if constexpr (kind == ActivationKind::ReLU) {
+    return z < 0.0f ? vec{} : z;  // false for NaN, which passes
+  } else {
+    return z;
+  }
+}
+
+template <ActivationKind kind>
+TORCH_MLP_INLINE vec activation_gradient(vec grad, vec y) {
+  if constexpr (kind == ActivationKind::Sigmoid) {
+    return grad * (1.0f - y) * y;
+  } else if constexpr (kind == ActivationKind::Tanh) {
+    return grad * (1.0f - y * y);
+  } else if constexpr (kind == ActivationKind::ReLU) {
+    return y <= 0.0f ? vec{} : grad;
+  } else {
+    return grad;
+  }
+}
+
+template <ActivationKind kind>
+struct Activation {
+  static constexpr ActivationKind value = kind;
+};
+
+// Calls body with the Activation of that kind: one comparison for a whole loop.
+template <typename Body>
+TORCH_MLP_INLINE void dispatch(ActivationKind kind, const Body& body) {
+  switch (kind) {
+    case ActivationKind::Identity:
+      return body(Activation<ActivationKind::Identity>{});
+    case ActivationKind::Sigmoid:
+      return body(Activation<ActivationKind::Sigmoid>{});
+    case ActivationKind::Tanh:
+      return body(Activation<ActivationKind::Tanh>{});
+    case ActivationKind::ReLU:
+      return body(Activation<ActivationKind::ReLU>{});
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace
+}  // namespace torch_mlp::TORCH_MLP_LEVEL
