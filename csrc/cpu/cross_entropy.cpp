@@ -9,19 +9,26 @@
 // whose target is ignore_index have loss 0 and gradient 0, whatever they hold.
 // lse is kept as m and s, for m + log(s) would lose the digits of log(s) when the logits are large: exp(x - m) / s is
 // as exact for logits near 10,000 as for logits near 0. Fused: softmax and loss in one visit of a row while it is in
-// cache; the gradient in one sweep, p never stored. Threads: by blocks of rows. The loss is summed per block, then over
-// the blocks; their number depends on the shape alone, so that the bits do not depend on the number of threads.
+// cache; the gradient in one sweep, p never stored. What visits every logit is in softmax.h, for float and bfloat16; the
+// other dtypes take plain loops. Threads: by blocks of rows. The loss is summed per block, then over the blocks; their
+// number depends on the shape alone, so that the bits do not depend on the number of threads.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "../tensor.h"
+#include "dtypes.h"
+#include "scratch.h"
 
 namespace torch_mlp {
 namespace {
 
-constexpr int64_t kElementsPerThread = 8192;  // exponentials that pay for waking a thread
+constexpr int64_t kElementsPerThread = 16384;  // exponentials that pay for waking a thread
 constexpr int64_t kMaxSumBlocks = 64;
+constexpr int64_t kRowsAtOnce = 64;  // whose statistics stay in the first-level cache
 
 struct Options {
   Reduction reduction;
@@ -31,21 +38,88 @@ struct Options {
 
 // Labels are checked before anything is written, and outside the parallel region, whose exceptions lose their type.
 void check_labels(const char* op, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
-  for (int64_t i = 0; i < rows; ++i) {
-    check<std::out_of_range>((target[i] >= 0 && target[i] < classes) || target[i] == ignore_index, op,
-                             ": expected target in [0, ", classes, ") or ignore_index ", ignore_index, ", got ",
-                             target[i], " at position ", i);
+  const auto is_valid = [=](int64_t label) {
+    return uint64_t(label) < uint64_t(classes) || label == ignore_index;
+  };
+  const int64_t* wrong = std::find_if_not(target, target + rows, is_valid);
+  if (wrong != target + rows) {
+    check<std::out_of_range>(false, op, ": expected target in [0, ", classes, ") or ignore_index ", ignore_index,
+                             ", got ", *wrong, " at position ", wrong - target);
   }
 }
 
 template <typename scalar_t>
 double sum_of(const scalar_t* weight, int64_t classes) {
-  double sum = 0;
-  for (int64_t c = 0; c < classes; ++c) {
-    sum += weight ? double(weight[c]) : 1.0;
-  }
-  return sum;
+  return weight ? std::accumulate(weight, weight + classes, 0.0,
+                                  [](double sum, scalar_t value) { return sum + double(value); })
+                : double(classes);
 }
+
+// --- the work on every logit ---
+
+// maximum[i] and sum[i] = sum_c exp(x[i, c] - maximum[i]) of some rows.
+template <typename scalar_t>
+void statistics(const scalar_t* x, int64_t rows, int64_t classes, compute_t<scalar_t>* maximum,
+                compute_t<scalar_t>* sum) {
+  using compute = compute_t<scalar_t>;
+  if constexpr (has_vector_kernels<scalar_t>) {
+    softmax_kernels<scalar_t>().statistics(bits_of(x), rows, classes, maximum, sum);
+  } else {
+    for (int64_t i = 0; i < rows; ++i, x += classes) {
+      compute most = -std::numeric_limits<compute>::infinity();
+      for (int64_t c = 0; c < classes; ++c) {
+        most = std::max(most, compute(x[c]));
+      }
+      double total = 0;
+      for (int64_t c = 0; c < classes; ++c) {
+        total += std::exp(compute(x[c]) - most);
+      }
+      maximum[i] = most;
+      sum[i] = compute(total);
+    }
+  }
+}
+
+template <typename compute>
+void logarithms(const compute* x, compute* y, int64_t count) {
+  if constexpr (std::is_same_v<compute, float>) {
+    kernels().log(x, y, count);
+  } else {
+    std::transform(x, x + count, y, [](compute value) { return std::log(value); });
+  }
+}
+
+// sum_c w_c (maximum - x_c)
+template <typename scalar_t>
+double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compute_t<scalar_t> maximum) {
+  if constexpr (has_vector_kernels<scalar_t>) {
+    return softmax_kernels<scalar_t>().deficit(bits_of(x), bits_of(weight), classes, maximum);
+  } else {
+    double sum = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      sum += (weight ? double(weight[c]) : 1.0) * (double(maximum) - double(x[c]));
+    }
+    return sum;
+  }
+}
+
+// gx_c = factor * (exp(x_c - maximum) - [c = target] at_target) - offset * w_c
+template <typename scalar_t>
+void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t classes, compute_t<scalar_t> maximum,
+              compute_t<scalar_t> factor, compute_t<scalar_t> offset, int64_t target, compute_t<scalar_t> at_target) {
+  using compute = compute_t<scalar_t>;
+  if constexpr (has_vector_kernels<scalar_t>) {
+    softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), classes, maximum, factor, offset,
+                                         target, at_target);
+  } else {
+    for (int64_t c = 0; c < classes; ++c) {
+      const compute p = std::exp(compute(x[c]) - maximum) - (c == target ? at_target : compute(0));
+      grad[c] = scalar_t(factor * p - offset * (weight ? compute(weight[c]) : compute(1)));
+    }
+  }
+}
+
+// --- the work on every row ---
 
 template <typename scalar_t>
 void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, scalar_t* loss,
@@ -55,33 +129,23 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
   const double smoothing = options.label_smoothing / double(classes), weight_sum = sum_of(weight, classes);
   const int64_t block_rows = std::max<int64_t>(1, ceil_div(rows, kMaxSumBlocks));
   const int64_t blocks = ceil_div(rows, block_rows);
-  std::vector<double> loss_sums(blocks), weight_sums(blocks);
+  std::array<double, kMaxSumBlocks> loss_sums{}, weight_sums{};
 
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * classes));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * block_rows; i < std::min(end * block_rows, rows); ++i) {
+  const auto rows_between = [&](int64_t begin, int64_t end) {
+    compute* maximum = lse + begin;
+    compute* sum = lse + rows + begin;
+    statistics(input + begin * classes, end - begin, classes, maximum, sum);
+    compute log_sum[kRowsAtOnce];
+    logarithms(sum, log_sum, end - begin);
+    for (int64_t i = begin; i < end; ++i) {
       const scalar_t* x = input + i * classes;
-      compute maximum = -std::numeric_limits<compute>::infinity();
-      for (int64_t c = 0; c < classes; ++c) {
-        maximum = std::max(maximum, compute(x[c]));
-      }
-      double exp_sum = 0, smooth = 0;
-      for (int64_t c = 0; c < classes; ++c) {
-        exp_sum += std::exp(compute(x[c]) - maximum);
-      }
-      const double log_sum = std::log(exp_sum);
-      lse[i] = maximum;
-      lse[rows + i] = compute(exp_sum);
-
       double row_loss = 0, row_weight = 0;
       if (target[i] != options.ignore_index) {
+        const double log_of_sum = log_sum[i - begin];
         row_weight = weight ? double(weight[target[i]]) : 1.0;
-        row_loss = (1 - options.label_smoothing) * row_weight * (log_sum + (double(maximum) - double(x[target[i]])));
+        row_loss = (1 - options.label_smoothing) * row_weight * (log_of_sum + (double(lse[i]) - double(x[target[i]])));
         if (options.label_smoothing > 0) {
-          for (int64_t c = 0; c < classes; ++c) {
-            smooth += (weight ? double(weight[c]) : 1.0) * (double(maximum) - double(x[c]));
-          }
-          row_loss += smoothing * (weight_sum * log_sum + smooth);
+          row_loss += smoothing * (weight_sum * log_of_sum + deficit(x, weight, classes, lse[i]));
         }
       }
       if (options.reduction == Reduction::None) {
@@ -90,13 +154,17 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
       loss_sums[i / block_rows] += row_loss;
       weight_sums[i / block_rows] += row_weight;
     }
+  };
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * classes));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * block_rows, rows);
+    for (int64_t i = begin * block_rows; i < last; i += kRowsAtOnce) {
+      rows_between(i, std::min(i + kRowsAtOnce, last));
+    }
   });
 
-  double loss_sum = 0, target_weight = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    loss_sum += loss_sums[block];
-    target_weight += weight_sums[block];
-  }
+  const double loss_sum = std::accumulate(loss_sums.begin(), loss_sums.end(), 0.0);
+  const double target_weight = std::accumulate(weight_sums.begin(), weight_sums.end(), 0.0);
   *total_weight = compute(target_weight);
   if (options.reduction != Reduction::None) {
     *loss = scalar_t(options.reduction == Reduction::Mean ? loss_sum / target_weight : loss_sum);
@@ -122,22 +190,41 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
       const double scale = options.reduction == Reduction::None  ? double(grad_output[i * grad_stride])
                            : options.reduction == Reduction::Sum ? double(*grad_output)
                                                                  : double(*grad_output) / double(total_weight);
-      const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[target[i]]) : 1.0);
-      const double maximum = lse[i], sum = lse[rows + i];
-      const compute of_exp = compute(scale * (row_weight + smoothing * weight_sum) / sum);
-      const compute of_weight = compute(scale * smoothing);
-      for (int64_t c = 0; c < classes; ++c) {
-        grad[c] = scalar_t(of_exp * std::exp(compute(x[c]) - compute(maximum)) -
-                           of_weight * (weight ? compute(weight[c]) : compute(1)));
-      }
-      // The target's own: here digits cancel as p nears 1, and one class alone must give exactly 0.
       const int64_t c = target[i];
-      const double p = std::exp(double(x[c]) - maximum) / sum;
-      grad[c] =
-          scalar_t(scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
+      const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[c]) : 1.0);
+      const double sum = lse[rows + i], of_softmax = row_weight + smoothing * weight_sum;
+      // The target's own is taken off before the factor, for digits cancel as p nears 1; without smoothing what is taken
+      // off is the sum itself.
+      const double at_target = of_softmax == 0 ? 0.0 : sum * (row_weight / of_softmax);
+      gradient(x, weight, grad, classes, lse[i], compute(scale * of_softmax / sum), compute(scale * smoothing), c,
+               compute(at_target));
+      if (smoothing != 0) {
+        // Here the offset cancels digits too: one class alone must get exactly 0.
+        const double p = std::exp(double(x[c]) - double(lse[i])) / sum;
+        grad[c] = scalar_t(
+            scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
+      }
     }
   });
 }
+
+// Memory of this size comes fresh from the system each time, page by page. Asked for larger pages, it comes in a third
+// of the time; a system that has none ignores the wish.
+constexpr size_t kFreshBytes = 32 << 20;
+
+void prefer_large_pages(const Tensor& fresh) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 4096;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const size_t bytes = size_t(fresh.numel()) * fresh.element_size();
+  if (bytes >= kFreshBytes) {
+    const uintptr_t first = (begin + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);
+  }
+#endif
+}
+
+// --- the ops ---
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const Tensor& target,
                                                      const std::optional<Tensor>& weight, const std::string& reduction,
@@ -180,6 +267,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
   check_labels(op, y.const_data_ptr<int64_t>(), rows, classes, ignore_index);
 
   Tensor grad_input = empty(sizes_of(input), input.scalar_type(), input);
+  prefer_large_pages(grad_input);
   dispatch_floating(input.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     using compute = compute_t<scalar_t>;

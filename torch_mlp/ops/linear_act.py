@@ -86,6 +86,19 @@ def reference_backward(
     )
 
 
+def fused_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    activation: str,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The backward op; None for gradients that are not needed."""
+    grads = backward_op(grad_output, input, weight, output, activation, *needs_grad)
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
+
+
 class LinearActBackward(torch.autograd.Function):
     """The backward pass as a differentiable function of its own, so that double backward works."""
 
@@ -103,8 +116,7 @@ class LinearActBackward(torch.autograd.Function):
         ctx.save_for_backward(grad_output, input, weight, output)
         ctx.activation = activation
         ctx.set_materialize_grads(False)
-        grads = backward_op(grad_output, input, weight, output, activation, *needs_grad)
-        return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
+        return fused_backward(grad_output, input, weight, output, activation, needs_grad)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -153,7 +165,9 @@ class LinearAct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias, each only where it is needed."""
         input, weight, output = ctx.saved_tensors
-        backward = reference_backward if in_transform() else LinearActBackward.apply
+        # Only where the gradients are to be differentiated again need their computation be recorded.
+        differentiable = LinearActBackward.apply if torch.is_grad_enabled() else fused_backward
+        backward = reference_backward if in_transform() else differentiable
         grads = backward(grad_output, input, weight, output, ctx.activation, tuple(ctx.needs_input_grad[:3]))
         return (*grads, None)
 
