@@ -103,19 +103,21 @@ double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compu
   }
 }
 
-// gx_c = factor * (exp(x_c - maximum) - [c = target] at_target) - offset * w_c
+// gx_c = factor * exp(x_c - maximum) - offset * w_c; gives exp(x_target - maximum)
 template <typename scalar_t>
-void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t classes, compute_t<scalar_t> maximum,
-              compute_t<scalar_t> factor, compute_t<scalar_t> offset, int64_t target, compute_t<scalar_t> at_target) {
+compute_t<scalar_t> gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t classes,
+                             compute_t<scalar_t> maximum, compute_t<scalar_t> factor, compute_t<scalar_t> offset,
+                             int64_t target) {
   using compute = compute_t<scalar_t>;
   if constexpr (has_vector_kernels<scalar_t>) {
-    softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), classes, maximum, factor, offset,
-                                         target, at_target);
+    return softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), classes, maximum, factor,
+                                                offset, target);
   } else {
     for (int64_t c = 0; c < classes; ++c) {
-      const compute p = std::exp(compute(x[c]) - maximum) - (c == target ? at_target : compute(0));
-      grad[c] = scalar_t(factor * p - offset * (weight ? compute(weight[c]) : compute(1)));
+      grad[c] = scalar_t(factor * std::exp(compute(x[c]) - maximum) -
+                         offset * (weight ? compute(weight[c]) : compute(1)));
     }
+    return std::exp(compute(x[target]) - maximum);
   }
 }
 
@@ -178,6 +180,9 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
                                  const Options& options) {
   using compute = compute_t<scalar_t>;
   const double smoothing = options.label_smoothing / double(classes), weight_sum = sum_of(weight, classes);
+  const double scale_of_all = options.reduction == Reduction::None  ? 1.0
+                              : options.reduction == Reduction::Sum ? double(*grad_output)
+                                                                    : double(*grad_output) / double(total_weight);
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, classes));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -187,23 +192,16 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
         std::fill(grad, grad + classes, scalar_t(0));
         continue;
       }
-      const double scale = options.reduction == Reduction::None  ? double(grad_output[i * grad_stride])
-                           : options.reduction == Reduction::Sum ? double(*grad_output)
-                                                                 : double(*grad_output) / double(total_weight);
+      const double scale = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
       const int64_t c = target[i];
       const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[c]) : 1.0);
-      const double sum = lse[rows + i], of_softmax = row_weight + smoothing * weight_sum;
-      // The target's own is taken off before the factor, for digits cancel as p nears 1; without smoothing what is taken
-      // off is the sum itself.
-      const double at_target = of_softmax == 0 ? 0.0 : sum * (row_weight / of_softmax);
-      gradient(x, weight, grad, classes, lse[i], compute(scale * of_softmax / sum), compute(scale * smoothing), c,
-               compute(at_target));
-      if (smoothing != 0) {
-        // Here the offset cancels digits too: one class alone must get exactly 0.
-        const double p = std::exp(double(x[c]) - double(lse[i])) / sum;
-        grad[c] = scalar_t(
-            scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
-      }
+      const double over_sum = 1 / double(lse[rows + i]);
+      const double factor = scale * (row_weight + smoothing * weight_sum) * over_sum;
+      const double p = over_sum * gradient(x, weight, grad, classes, lse[i], compute(factor),
+                                           compute(scale * smoothing), c);
+      // The target's own: here digits cancel as p nears 1, and one class alone must get exactly 0.
+      grad[c] =
+          scalar_t(scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
     }
   });
 }

@@ -19,30 +19,6 @@ void activate(ActivationKind kind, T* y, int64_t count) {
   });
 }
 
-using vec_half = float __attribute__((vector_size(2 * kLanes)));
-using vec_double = double __attribute__((vector_size(4 * kLanes)));  // half as many lanes
-
-// The sums of float values in double: over a long batch the digits that float drops would add up.
-struct DoubleSum {
-  vec_double low{}, high{};
-
-  TORCH_MLP_INLINE void add(vec value) {
-    vec_half halves[2];
-    memcpy(halves, &value, sizeof(value));
-    low += __builtin_convertvector(halves[0], vec_double);
-    high += __builtin_convertvector(halves[1], vec_double);
-  }
-
-  TORCH_MLP_INLINE void add_to(double* sums, int64_t count) const {
-    double values[kLanes];
-    memcpy(values, &low, sizeof(low));
-    memcpy(values + kLanes / 2, &high, sizeof(high));
-    for (int64_t l = 0; l < count; ++l) {
-      sums[l] += values[l];
-    }
-  }
-};
-
 // A column of `vectors` vectors, so that the sums stay in registers.
 template <ActivationKind kind, int vectors, typename T>
 void activation_backward_columns(const T* gy, const T* y, T* gz, int64_t gz_stride, double* sums, int64_t rows,

@@ -261,33 +261,37 @@ constexpr int kDotRows = kLanes == 16 ? 4 : 2;
 constexpr int kDotOutputs = 4;
 constexpr int64_t kDotTaskRows = 16, kDotTaskOutputs = 16;
 
+// sum[i * outputs + j] += x_i w_j for the first count floats of x and w, or a whole vector of them.
+template <int rows, int outputs, bool is_whole>
+TORCH_MLP_INLINE void add_dots(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count,
+                               vec* sum) {
+  vec of_w[outputs];
+  TORCH_MLP_UNROLL
+  for (int j = 0; j < outputs; ++j) {
+    of_w[j] = load_some<is_whole>(w + j * w_stride, count);
+  }
+  TORCH_MLP_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    const vec of_x = load_some<is_whole>(x + i * x_stride, count);
+    TORCH_MLP_UNROLL
+    for (int j = 0; j < outputs; ++j) {
+      sum[i * outputs + j] += of_x * of_w[j];
+    }
+  }
+}
+
 template <int rows, int outputs>
 __attribute__((noinline)) void dot_tile(const LinearForward& self, int64_t row, int64_t n) {
   constexpr int count = rows * outputs, groups = (count + kLanes - 1) / kLanes;
   const int64_t depth = self.shape.in_features, whole = whole_vectors(depth);
-  const float* x = self.input.data + row * self.input.stride;
-  const float* w = self.weight.data + n * self.weight.stride;
+  const int64_t x_stride = self.input.stride, w_stride = self.weight.stride;
+  const float *x = self.input.data + row * x_stride, *w = self.weight.data + n * w_stride;
   vec sum[groups * kLanes] = {};
-  const auto add = [&](auto load_at) __attribute__((always_inline)) {
-    vec of_w[outputs];
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < outputs; ++j) {
-      of_w[j] = load_at(w + j * self.weight.stride);
-    }
-    TORCH_MLP_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      const vec of_x = load_at(x + i * self.input.stride);
-      TORCH_MLP_UNROLL
-      for (int j = 0; j < outputs; ++j) {
-        sum[i * outputs + j] += of_x * of_w[j];
-      }
-    }
-  };
   for (int64_t p = 0; p < whole; p += kLanes) {
-    add([p](const float* from) __attribute__((always_inline)) { return load(from + p); });
+    add_dots<rows, outputs, true>(x + p, x_stride, w + p, w_stride, kLanes, sum);
   }
   if (whole < depth) {
-    add([=](const float* from) __attribute__((always_inline)) { return load_part(from + whole, depth - whole); });
+    add_dots<rows, outputs, false>(x + whole, x_stride, w + whole, w_stride, depth - whole, sum);
   }
 
   float z[groups * kLanes], of_bias[groups * kLanes] = {};

@@ -63,10 +63,11 @@ struct SoftmaxKernels {
   // maximum[i] = max_c x[i, c], sum[i] = sum_c exp(x[i, c] - maximum[i]) of a contiguous matrix (rows, classes)
   void (*statistics)(const T* x, int64_t rows, int64_t classes, float* maximum, float* sum);
   // sum_c weight[c] * (maximum - x[c]), weight being 1 where it is null
-  float (*deficit)(const T* x, const T* weight, int64_t classes, float maximum);
-  // grad[c] = factor * (exp(x[c] - maximum) - [c = target] * at_target) - offset * weight[c], weight 1 where it is null
-  void (*gradient)(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset,
-                   int64_t target, float at_target);
+  double (*deficit)(const T* x, const T* weight, int64_t classes, float maximum);
+  // grad[c] = factor * exp(x[c] - maximum) - offset * weight[c], weight 1 where it is null; gives exp(x[target] -
+  // maximum)
+  float (*gradient)(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset,
+                    int64_t target);
 };
 
 struct Kernels {

@@ -21,13 +21,13 @@ TORCH_MLP_INLINE void statistics_of_rows(const T* x, int64_t count, int64_t clas
   vec most = square[0];
   TORCH_MLP_UNROLL
   for (int c = 1; c < kLanes; ++c) {
-    most = c < classes ? maximum_of(most, square[c]) : most;
+    most = c < classes ? maximum_of(square[c], most) : most;
   }
   vec total{};
   TORCH_MLP_UNROLL
   for (int c = 0; c < kLanes; ++c) {
     if (c < classes) {
-      total += exp(square[c] - most);
+      total += exp_below_overflow(square[c] - most);
     }
   }
   store_part(maximum, most, count);
@@ -47,11 +47,11 @@ TORCH_MLP_INLINE void statistics_of_row(const T* x, int64_t classes, float& maxi
   for (; c < unrolled; c += vectors * kLanes) {
     TORCH_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      most[j] = maximum_of(most[j], load(x + c + j * kLanes));
+      most[j] = maximum_of(load(x + c + j * kLanes), most[j]);
     }
   }
   for (; c < whole; c += kLanes) {
-    most[0] = maximum_of(most[0], load(x + c));
+    most[0] = maximum_of(load(x + c), most[0]);
   }
   maximum = maximum_of(maximum_of(maximum_of(most[0], most[1]), maximum_of(most[2], most[3])));
   for (; c < classes; ++c) {
@@ -63,20 +63,25 @@ TORCH_MLP_INLINE void statistics_of_row(const T* x, int64_t classes, float& maxi
   for (c = 0; c < unrolled; c += vectors * kLanes) {
     TORCH_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      total[j] += exp(load(x + c + j * kLanes) - maximum);
+      total[j] += exp_below_overflow(load(x + c + j * kLanes) - maximum);
     }
   }
   for (; c < whole; c += kLanes) {
-    total[0] += exp(load(x + c) - maximum);
+    total[0] += exp_below_overflow(load(x + c) - maximum);
   }
   if (c < classes) {
-    vec last = exp(load_part(x + c, classes - c) - maximum);
+    vec last = exp_below_overflow(load_part(x + c, classes - c) - maximum);
     for (int64_t l = classes - c; l < kLanes; ++l) {
       last[l] = 0;
     }
     total[1] += last;
   }
-  sum = sum_of((total[0] + total[1]) + (total[2] + total[3]));
+  DoubleSum of_lanes;
+  TORCH_MLP_UNROLL
+  for (int j = 0; j < vectors; ++j) {
+    of_lanes.add(total[j]);
+  }
+  sum = float(of_lanes.total());
 }
 
 // A maximum of -inf or NaN makes every exp NaN, as it should: softmax has no value there.
@@ -94,43 +99,57 @@ void statistics(const T* x, int64_t rows, int64_t classes, float* maximum, float
 }
 
 template <typename T>
-float deficit(const T* x, const T* weight, int64_t classes, float maximum) {
-  vec total{};
-  int64_t c = 0;
-  for (; c < whole_vectors(classes); c += kLanes) {
+double deficit(const T* x, const T* weight, int64_t classes, float maximum) {
+  DoubleSum sum;
+  const int64_t whole = whole_vectors(classes), left = classes - whole;
+  for (int64_t c = 0; c < whole; c += kLanes) {
     const vec value = maximum - load(x + c);
-    total += weight ? load(weight + c) * value : value;
+    sum.add(weight ? load(weight + c) * value : value);
   }
-  float sum = sum_of(total);
-  for (; c < classes; ++c) {
-    const float value = maximum - load_part(x + c, 1)[0];
-    sum += weight ? load_part(weight + c, 1)[0] * value : value;
+  double total = sum.total();
+  if (left) {
+    const vec value = maximum - load_part(x + whole, left);
+    const vec weighted = weight ? load_part(weight + whole, left) * value : value;
+    for (int64_t l = 0; l < left; ++l) {
+      total += weighted[l];
+    }
   }
-  return sum;
+  return total;
+}
+
+template <bool has_offset, bool is_whole, typename T>
+TORCH_MLP_INLINE void gradient_of_vector(const T* x, const T* weight, T* grad, int64_t count, float maximum,
+                                         float factor, float offset) {
+  vec value = factor * exp_below_overflow(load_some<is_whole>(x, count) - maximum);
+  if constexpr (has_offset) {
+    value -= offset * (weight ? load_some<is_whole>(weight, count) : broadcast(1.0f));
+  }
+  store_some<is_whole>(grad, value, count);
+}
+
+template <bool has_offset, typename T>
+void gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor,
+                     float offset) {
+  const int64_t whole = whole_vectors(classes);
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, grad + c, kLanes, maximum, factor,
+                                         offset);
+  }
+  if (whole < classes) {
+    gradient_of_vector<has_offset, false>(x + whole, weight ? weight + whole : weight, grad + whole, classes - whole,
+                                          maximum, factor, offset);
+  }
 }
 
 template <typename T>
-void gradient(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset,
-              int64_t target, float at_target) {
-  vec_int lane;
-  for (int l = 0; l < kLanes; ++l) {
-    lane[l] = l;
+float gradient(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset,
+               int64_t target) {
+  if (offset == 0) {
+    gradient_of_row<false>(x, weight, grad, classes, maximum, factor, offset);
+  } else {
+    gradient_of_row<true>(x, weight, grad, classes, maximum, factor, offset);
   }
-  const auto value = [&](int64_t c, vec logits, vec of_weight) __attribute__((always_inline)) {
-    const int64_t place = target - c;  // in this vector, if it lies in it
-    const vec_int is_target = lane == (place >= 0 && place < kLanes ? int32_t(place) : -1);
-    const vec p = exp(logits - maximum) - (vec)(is_target & (vec_int)broadcast(at_target));
-    return factor * p - offset * of_weight;
-  };
-  const int64_t whole = whole_vectors(classes), left = classes - whole;
-  for (int64_t c = 0; c < whole; c += kLanes) {
-    store(grad + c, value(c, load(x + c), weight ? load(weight + c) : broadcast(1.0f)));
-  }
-  if (left) {
-    store_part(grad + whole,
-               value(whole, load_part(x + whole, left), weight ? load_part(weight + whole, left) : broadcast(1.0f)),
-               left);
-  }
+  return exp_below_overflow(load_part(x + target, 1) - maximum)[0];
 }
 
 void log(const float* x, float* y, int64_t count) {

@@ -91,6 +91,17 @@ TORCH_MLP_INLINE void store_part(bfloat16_bits* to, vec value, int64_t count) {
   memcpy(to, values, count * sizeof(bfloat16_bits));
 }
 
+// A whole vector, or the first count elements of one.
+template <bool is_whole, typename T>
+TORCH_MLP_INLINE vec load_some(const T* from, int64_t count) {
+  return is_whole ? load(from) : load_part(from, count);
+}
+
+template <bool is_whole, typename T>
+TORCH_MLP_INLINE void store_some(T* to, vec value, int64_t count) {
+  is_whole ? store(to, value) : store_part(to, value, count);
+}
+
 // How many of count elements fill whole vectors.
 TORCH_MLP_INLINE int64_t whole_vectors(int64_t count) { return count / kLanes * kLanes; }
 
@@ -134,12 +145,51 @@ TORCH_MLP_INLINE vec sums_of(vec (&values)[kLanes]) {
   }
 }
 
+using vec_half = float __attribute__((vector_size(2 * kLanes)));
+using vec_double = double __attribute__((vector_size(4 * kLanes)));  // half as many lanes
+
+// The sums of float values in double: over a long batch the digits that float drops would add up.
+struct DoubleSum {
+  vec_double low{}, high{};
+
+  TORCH_MLP_INLINE void add(vec value) {
+    vec_half halves[2];
+    memcpy(halves, &value, sizeof(value));
+    low += __builtin_convertvector(halves[0], vec_double);
+    high += __builtin_convertvector(halves[1], vec_double);
+  }
+
+  TORCH_MLP_INLINE double total() const {
+    double total = 0;
+    for (int l = 0; l < kLanes / 2; ++l) {
+      total += low[l] + high[l];
+    }
+    return total;
+  }
+
+  TORCH_MLP_INLINE void add_to(double* sums, int64_t count) const {
+    double values[kLanes];
+    memcpy(values, &low, sizeof(low));
+    memcpy(values + kLanes / 2, &high, sizeof(high));
+    for (int64_t l = 0; l < count; ++l) {
+      sums[l] += values[l];
+    }
+  }
+};
+
 TORCH_MLP_INLINE float sum_of(vec value) {
   vec values[kLanes] = {value};
   return sums_of(values)[0];
 }
 
-TORCH_MLP_INLINE vec maximum_of(vec a, vec b) { return b > a ? b : a; }
+// The larger of both; b where one is NaN.
+TORCH_MLP_INLINE vec maximum_of(vec a, vec b) {
+#if TORCH_MLP_LANES == 16
+  return (vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // one instruction, where ?: becomes two
+#else
+  return a > b ? a : b;
+#endif
+}
 
 TORCH_MLP_INLINE float maximum_of(vec value) {
   float maximum = value[0];
@@ -175,11 +225,9 @@ TORCH_MLP_INLINE vec power_of_two(vec_int n) { return (vec)((n + 127) << 23); }
 
 TORCH_MLP_INLINE vec_int to_int(vec n) { return (vec_int)(n + 12582912.0f) - (vec_int)broadcast(12582912.0f); }
 
-TORCH_MLP_INLINE vec exp(vec x) {
-  // Beyond these bounds the result is 0 or infinity; NaN passes both comparisons.
-  x = x < -104.0f ? broadcast(-104.0f) : x;
-  x = x > 89.0f ? broadcast(89.0f) : x;
-  const PowerAndRest parts = split_exp(x);
+// exp(x) for x <= 89, and NaN.
+TORCH_MLP_INLINE vec exp_below_overflow(vec x) {
+  const PowerAndRest parts = split_exp(maximum_of(broadcast(-104.0f), x));  // exp(-104) is 0
 #if TORCH_MLP_LANES == 16
   return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)(1.0f + parts.q), (__m512)parts.n);
 #else
@@ -187,6 +235,8 @@ TORCH_MLP_INLINE vec exp(vec x) {
   return (1.0f + parts.q) * power_of_two(half) * power_of_two(n - half);
 #endif
 }
+
+TORCH_MLP_INLINE vec exp(vec x) { return exp_below_overflow(x > 89.0f ? broadcast(89.0f) : x); }  // exp(89) is infinite
 
 // log(x) for finite x >= 1, and NaN.
 TORCH_MLP_INLINE vec log(vec x) {
