@@ -20,4 +20,11 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
   m.def(
       "_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
       "Tensor total_weight, str reduction, int ignore_index, float label_smoothing) -> Tensor");
+
+  // the instruction set of the CPU's vector kernels: default, avx2 or avx512
+  m.def("_cpu_capability() -> str");
+
+  // the time of that many rounds of multiplications and additions on every thread gives the processor's peak; returns
+  // their number
+  m.def("_cpu_multiply_adds(int threads, int rounds) -> int");
 }

@@ -1,7 +1,7 @@
 // The vector kernels of the CPU: what the ops call through raw pointers, once for each instruction set.
 //
-// level_default.cpp, level_avx2.cpp and level_avx512.cpp compile the same sources (vector.h, gemm.h, elementwise.h,
-// softmax.h) for one instruction set each, in a namespace of its own; kernels() gives the table of the best one that
+// level_default.cpp, level_avx2.cpp and level_avx512.cpp compile the same sources (vector.h, elementwise.h, gemm.h,
+// softmax.h, peak.h) for one instruction set each, in a namespace of its own; kernels() gives the table of the best one that
 // the processor has. Those files include no header of torch and no template of the standard library, for the linker
 // keeps one copy of an inline function, and it must not be one that only some processors can run.
 #pragma once
@@ -89,6 +89,10 @@ struct Kernels {
   SoftmaxKernels<bfloat16_bits> softmax_bfloat16;
   // y = log(x) for x >= 1 and NaN
   void (*log)(const float* x, float* y, int64_t count);
+
+  // rounds times multiply_adds_of_round multiplications and additions, as fast as the processor can
+  float (*multiply_adds)(int64_t rounds);
+  int64_t multiply_adds_of_round;
 };
 
 namespace level_default {

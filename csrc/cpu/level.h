@@ -23,6 +23,7 @@ TORCH_MLP_PUSH_TARGET(TORCH_MLP_TARGET)
 
 #include "elementwise.h"
 #include "gemm.h"
+#include "peak.h"
 #include "softmax.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
@@ -41,6 +42,8 @@ const Kernels kernels{
     {statistics<float>, deficit<float>, gradient<float>},
     {statistics<bfloat16_bits>, deficit<bfloat16_bits>, gradient<bfloat16_bits>},
     log,
+    multiply_adds,
+    kMultiplyAddsOfRound,
 };
 
 }  // namespace torch_mlp::TORCH_MLP_LEVEL

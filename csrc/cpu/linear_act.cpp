@@ -22,8 +22,8 @@ namespace torch_mlp {
 namespace {
 
 // Below this many elements, or multiplications, a second thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 32768;
-constexpr int64_t kMultiplicationsPerThread = 1 << 20;
+constexpr int64_t kElementsPerThread = 1 << 18;
+constexpr int64_t kMultiplicationsPerThread = 1 << 23;
 
 // A block of the output that stays in the second-level cache between the library's product and the activation.
 constexpr int64_t kCacheBlockBytes = 1 << 20;
