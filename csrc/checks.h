@@ -75,8 +75,8 @@ inline void check_like_input(const char* op, const char* name, const torch::stab
 template <typename Sizes>
 void check_shape(const char* op, const char* name, const torch::stable::Tensor& self, const Sizes& expected) {
   const auto sizes = self.sizes();
-  check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op, ": expected ", name, " of shape ", shape_of(expected),
-        ", got ", shape_of(self.sizes()));
+  check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), op, ": expected ", name, " of shape ",
+        shape_of(expected), ", got ", shape_of(self.sizes()));
 }
 
 // --- linear_act: input (*, in_features), weight (out_features, in_features), bias (out_features,) ---

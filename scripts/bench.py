@@ -1,43 +1,67 @@
 #!/usr/bin/env python3
-"""Time the fused ops, forward and backward, beside torch eager and torch.compile, in one process and in turns.
+"""Time torch_mlp's ops beside torch eager and torch.compile, in one process and in turns, losses included.
 
-Prints the median of each in microseconds and our speed relative to the better of the two peers; below 1 is a loss.
+Forward + backward through autograd, and the forward pass alone. Beside them run, in the same turns, the processor's own
+peak (multiplications and additions that wait for nothing, or a copy of memory) and an autograd.Function that computes
+nothing: below its time no op can come that is written as one. Every figure is the median over the turns.
 """
 
 import argparse
+import datetime
+import json
+import os
+import platform
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Threads that wait by spinning stop each other on a machine that is shared, see train_mnist.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
+import torch_mlp
 from torch_mlp import functional
 
-LINEAR_SHAPES = {  # batch, in_features, out_features
-    "cpu": [(64, 784, 128), (64, 784, 512), (512, 784, 512), (64, 512, 512), (64, 256, 10), (1024, 256, 10)],
-    "cuda": [(64, 784, 512), (256, 1024, 1024), (8192, 1024, 4096), (4096, 4096, 4096)],
-}
-CROSS_ENTROPY_SHAPES = {  # batch, num_classes
-    "cpu": [(64, 10), (1024, 10), (60000, 10), (256, 1000), (512, 32000)],
-    "cuda": [(64, 10), (65536, 10), (16384, 1000), (8192, 32000), (4096, 128256)],
-}
+BATCHES = (1, 8, 32, 64, 128, 256, 512, 1024, 4096)
+LAYERS = ((784, 128), (784, 512), (512, 512), (1024, 1024), (512, 256), (256, 10), (512, 1000))
+LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000), (4096, 1000), (512, 32000), (64, 128256))
+QUICK_LINEAR = ((1, 784, 512), (64, 784, 128), (64, 784, 512), (128, 512, 512), (512, 512, 512), (64, 256, 10))
+QUICK_LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000))
+BFLOAT16_LAYERS = ((512, 512), (1024, 1024))
+CUDA_LINEAR = ((64, 784, 512), (256, 1024, 1024), (8192, 1024, 4096), (4096, 4096, 4096))
+CUDA_LOGITS = ((64, 10), (65536, 10), (16384, 1000), (8192, 32000), (4096, 128256))
 
 
-def median_times(steps: dict[str, Callable[[], None]], rounds: int, seconds: float) -> dict[str, float]:
-    """Microseconds of each step: the median over rounds in which the steps take turns."""
-    timers = {
-        name: Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        for name, step in steps.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.blocked_autorange(min_run_time=seconds).median * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
+class Nothing(torch.autograd.Function):
+    """The floor of every op that is an autograd.Function: it saves its inputs and gives them back as gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """The given output."""
+        ctx.save_for_backward(*inputs)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The inputs."""
+        return None, *ctx.saved_tensors
 
 
-def training_step(function: Callable, inputs: list[torch.Tensor], grad_output: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward of a function of tensors that require gradients."""
+def eager_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """What linear_sigmoid stands for."""
+    return torch.sigmoid(torch.nn.functional.linear(input, weight, bias))
+
+
+def forward_backward(function: Callable, inputs: list[torch.Tensor], grad_output: torch.Tensor) -> Callable[[], None]:
+    """A step of training without the update."""
 
     def step() -> None:
         torch.autograd.grad(function(*inputs), inputs, grad_output)
@@ -45,52 +69,295 @@ def training_step(function: Callable, inputs: list[torch.Tensor], grad_output: t
     return step
 
 
+def forward(function: Callable, inputs: list[torch.Tensor]) -> Callable[[], None]:
+    """The forward pass without autograd."""
+    inputs = [input.detach() for input in inputs]
+    return lambda: function(*inputs)
+
+
+def multiply_adds() -> int:
+    """Some 0.2 ms of them on every thread; returns their number."""
+    return torch.ops.torch_mlp._cpu_multiply_adds(torch.get_num_threads(), 100_000)
+
+
+def medians(steps: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, float]:
+    """Seconds of each step: the median over turns in which each runs for about so many seconds."""
+    timers, counts = {}, {}
+    for name, step in steps.items():
+        timers[name] = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        timers[name].timeit(2)
+        counts[name] = max(1, round(seconds / timers[name].timeit(2).mean))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(turns):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(counts[name]).mean)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def error_ratio(ours: Callable, eager: Callable, inputs: list[torch.Tensor], grad_output: torch.Tensor) -> float:
+    """Our root mean square error against float64 over eager's, the worst of the output and the gradients."""
+
+    def values(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [input.detach().to(dtype).requires_grad_() for input in inputs]
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
+
+    dtype = inputs[0].dtype
+    worst = 0.0
+    for our, their, truth in zip(values(ours, dtype), values(eager, dtype), values(eager, torch.float64), strict=True):
+        # Below a tenth of a unit in the last place a comparison is one of luck.
+        luck = 0.1 * torch.finfo(dtype).eps * truth.square().mean().sqrt()
+        error, eager_error = ((value.double() - truth).square().mean().sqrt() for value in (our, their))
+        worst = max(worst, float(error / (eager_error + luck)))
+    return worst
+
+
+class Case:
+    """One row of a table: an op, its inputs and what it is measured against."""
+
+    def __init__(self, op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
+        self.ours: Callable
+        self.eager: Callable
+        if op == "linear":
+            batch, ins, outs = shape
+            self.label = f"{batch} x {ins} -> {outs}"
+            sizes: list[tuple[int, ...]] = [(batch, ins), (outs, ins), (outs,)]
+            self.grad_output = torch.randn(batch, outs, **options)
+            self.ours, self.eager = functional.linear_sigmoid, eager_linear
+            self.work = 2 * batch * ins * outs  # floating-point operations of one of the three products
+        else:
+            batch, classes = shape
+            self.label = f"{batch} x {classes}"
+            sizes = [(batch, classes)]
+            target = torch.randint(classes, (batch,), device=device)
+            self.grad_output = torch.randn((), **options)
+            self.ours = lambda input: functional.cross_entropy(input, target)
+            self.eager = lambda input: torch.nn.functional.cross_entropy(input, target)
+            self.work = batch * classes * self.grad_output.element_size()  # bytes of the logits
+        self.inputs = [torch.randn(size, **options, requires_grad=True) for size in sizes]
+        if op == "linear":  # sums of unit variance, in the sloping part of the sigmoid
+            self.inputs[1].data /= self.shape[1] ** 0.5
+
+    def steps(self, with_compile: bool) -> dict[str, Callable[[], Any]]:
+        """What takes turns."""
+        inputs, grad_output = self.inputs, self.grad_output
+        output = torch.empty_like(grad_output if self.op == "linear" else grad_output.detach())
+        steps: dict[str, Callable[[], Any]] = {
+            "ours": forward_backward(self.ours, inputs, grad_output),
+            "eager": forward_backward(self.eager, inputs, grad_output),
+        }
+        if with_compile:
+            torch.compiler.reset()
+            compiled = torch.compile(self.eager, dynamic=False)
+            steps["compile"] = forward_backward(compiled, inputs, grad_output)
+        steps["nothing"] = forward_backward(lambda *tensors: Nothing.apply(output, *tensors), inputs, grad_output)
+        steps["ours forward"] = forward(self.ours, inputs)
+        steps["eager forward"] = forward(self.eager, inputs)
+        if self.device == "cpu" and self.op == "linear":
+            steps["peak"] = multiply_adds
+            if self.dtype == torch.bfloat16:
+                floats = Case(self.op, self.shape, torch.float32, self.device)
+                steps["ours float32"] = forward_backward(self.ours, floats.inputs, floats.grad_output)
+        elif self.device == "cpu":
+            source = torch.empty(self.inputs[0].shape, dtype=self.dtype)
+            target = torch.zeros_like(source)
+            steps["peak"] = lambda: target.copy_(source)
+        return steps
+
+    def measure(self, turns: int, seconds: float, with_compile: bool) -> dict[str, Any]:
+        """The row, times in microseconds."""
+        steps = self.steps(with_compile)
+        times = medians(steps, turns, seconds)
+        row: dict[str, Any] = {
+            "op": self.op,
+            "shape": self.label,
+            "batch": self.shape[0],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "microseconds": {name: 1e6 * value for name, value in times.items() if name != "peak"},
+            "ratio": min(times["eager"], times.get("compile", times["eager"])) / times["ours"],
+            "forward ratio": times["eager forward"] / times["ours forward"],
+        }
+        if "ours float32" in times:
+            row["float32 over ours"] = times["ours float32"] / times["ours"]
+        if "peak" in times and self.op == "linear":
+            peak = multiply_adds() / times["peak"]
+            row["gflops"] = 1e-9 * peak
+            row["of peak"] = 3 * self.work / times["ours"] / peak
+            row["forward of peak"] = self.work / times["ours forward"] / peak
+            row["eager forward of peak"] = self.work / times["eager forward"] / peak
+        elif "peak" in times:
+            # A copy reads and writes; ours reads the logits twice and writes the gradient once.
+            row["of peak"] = 1.5 * times["peak"] / times["ours"]
+        if self.dtype == torch.float32 and self.device == "cpu":
+            row["error"] = error_ratio(self.ours, self.eager, self.inputs, self.grad_output)
+        return row
+
+
+def plan(arguments: argparse.Namespace, dtype: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """Op, shape and dtype of every row."""
+    linear: list[tuple[int, ...]] = [(batch, *layer) for layer in LAYERS for batch in BATCHES]
+    logits: list[tuple[int, ...]] = list(LOGITS)
+    if arguments.device == "cuda":
+        linear, logits = list(CUDA_LINEAR), list(CUDA_LOGITS)
+    elif arguments.quick:
+        linear, logits = list(QUICK_LINEAR), list(QUICK_LOGITS)
+    elif dtype == "bfloat16":
+        linear = [(batch, *layer) for layer in BFLOAT16_LAYERS for batch in BATCHES if batch >= 64]
+    shapes = [("linear", shape) for shape in linear] + [("cross_entropy", shape) for shape in logits]
+    return [(op, shape, dtype) for op, shape in shapes if arguments.op in (op, "all")]
+
+
+HEADER = (
+    f"{'':24s}{'ours':>10s}{'eager':>10s}{'compile':>10s}{'nothing':>9s}{'ratio':>7s}{'of peak':>9s}"
+    f"{'forward':>10s}{'eager':>10s}{'ratio':>7s}{'of peak':>9s}{'error':>7s}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text; < marks a loss."""
+    times = row["microseconds"]
+
+    def percent(name: str) -> str:
+        return f"{100 * row[name]:8.0f}%" if name in row else f"{'':9s}"
+
+    mark = "<" if row["ratio"] < 0.97 else " "
+    text = (
+        f"{row['shape']:24s}{times['ours']:10.1f}{times['eager']:10.1f}{times.get('compile', float('nan')):10.1f}"
+        f"{times['nothing']:9.1f}{row['ratio']:6.2f}{mark}{percent('of peak')}{times['ours forward']:10.1f}"
+        f"{times['eager forward']:10.1f}{row['forward ratio']:7.2f}{percent('forward of peak')}"
+    )
+    text += f"{row['error']:7.2f}" if "error" in row else ""
+    return text + (f"   float32 / ours {row['float32 over ours']:.2f}" if "float32 over ours" in row else "")
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Geometric mean and worst row of one table."""
+    worst = min(rows, key=lambda row: row["ratio"])
+    mean = statistics.geometric_mean(row["ratio"] for row in rows)
+    losses = sum(row["ratio"] < 0.97 for row in rows)
+    text = (
+        f"geometric mean {mean:.2f}, worst {worst['ratio']:.2f} at {worst['shape']}, {losses} of {len(rows)} below 0.97"
+    )
+    errors = [row["error"] for row in rows if "error" in row]
+    return text + (f", largest error {max(errors):.2f} of eager's" if errors else "")
+
+
+def scaling(rows: list[dict[str, Any]]) -> list[str]:
+    """How time grows with work: batch 4096 beside 512, and two threads beside one."""
+    times = {(row["shape"], row["threads"]): row["microseconds"]["ours"] for row in rows if row["dtype"] == "float32"}
+    lines = []
+    for ins, outs in LAYERS:
+        small, large = f"512 x {ins} -> {outs}", f"4096 x {ins} -> {outs}"
+        if (small, 1) in times and (large, 1) in times:
+            lines.append(
+                f"{ins} -> {outs}: time per row, batch 4096 / 512: {times[large, 1] / times[small, 1] / 8:.2f}"
+            )
+    for (shape, threads), value in times.items():
+        if threads == 2 and (shape, 1) in times and times[shape, 1] > 1000:
+            lines.append(f"{shape}: 2 threads {times[shape, 1] / value:.2f} times as fast as 1")
+    return lines
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """A bar for each row: our speed relative to the better peer."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 1 + 0.18 * len(rows)), layout="constrained")
+    colors = ["tab:green" if row["ratio"] >= 1 else "tab:red" for row in rows]
+    axes.barh(range(len(rows)), [row["ratio"] for row in rows], color=colors)
+    labels = [f"{row['op']} {row['shape']} {row['dtype']}, {row['threads']} thread(s)" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=6)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("speed relative to the better of torch eager and torch.compile, forward + backward")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def check_bfloat16() -> None:
+    """Starts again without AMX where the machine announces it and then kills who uses it."""
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        return
+    probe = "import torch; torch.ones(32, 32, dtype=torch.bfloat16) @ torch.ones(32, 32, dtype=torch.bfloat16)"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True)
+    if result.returncode:
+        print("bench: torch cannot multiply bfloat16 matrices here; all run without AMX (ONEDNN_MAX_CPU_ISA)")
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def describe() -> str:
+    """The machine and its load."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [text.split(":", 1)[1].strip() for text in cpuinfo.read_text().splitlines() if "model name" in text]
+        name = names[0] if names else name
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    return (
+        f"{datetime.date.today()}, {name}, {os.cpu_count()} cores, load {load}; torch {torch.__version__}, "
+        f"torch_mlp {torch_mlp.__version__}, {torch_mlp.ops.cpu_capability()} kernels"
+    )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("op", choices=("linear", "cross_entropy", "all"), nargs="?", default="all")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads, in turn")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "both"), default="both", help="both: bfloat16 on a few shapes only"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.1, help="least time of one measurement")
+    parser.add_argument("--quick", action="store_true", help="a few shapes, float32, one thread: under two minutes")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--turns", type=int, default=9, help="how often each is measured")
+    parser.add_argument("--seconds", type=float, default=0.005, help="about how long, each time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all ratios, as PNG or PDF")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    options = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
+    dtypes = {"float32": ["float32"], "bfloat16": ["bfloat16"], "both": ["float32", "bfloat16"]}[arguments.dtype]
+    if arguments.quick:
+        dtypes, arguments.threads = dtypes[:1], arguments.threads[:1]
+    if "bfloat16" in dtypes and arguments.device == "cpu":
+        check_bfloat16()
+    print(describe())
+    print("microseconds, medians; ratio: the better of eager and compile over ours; error: ours over eager's\n")
 
-    def eager_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(torch.nn.functional.linear(input, weight, bias))
-
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {arguments.threads} threads"
-    print(f"torch {torch.__version__}, {name}, {arguments.dtype}; forward + backward, microseconds")
-    print(f"{'':36s}{'torch_mlp':>12s}{'eager':>12s}{'compile':>12s}{'ratio':>8s}")
-    cases = [
-        (f"linear_sigmoid {batch} x {ins} -> {outs}", (batch, outs), [(batch, ins), (outs, ins), (outs,)], None)
-        for batch, ins, outs in LINEAR_SHAPES[arguments.device]
-    ] + [
-        (
-            f"cross_entropy {batch} x {classes}",
-            (),
-            [(batch, classes)],
-            torch.randint(classes, (batch,), device=arguments.device),
-        )
-        for batch, classes in CROSS_ENTROPY_SHAPES[arguments.device]
-    ]
-    for label, output_shape, input_shapes, target in cases:
-        inputs = [torch.randn(shape, **options, requires_grad=True) for shape in input_shapes]
-        grad_output = torch.randn(output_shape, **options)
-        ours: Callable = functional.linear_sigmoid
-        theirs: Callable = eager_linear
-        if target is not None:
-            ours = lambda input, target=target: functional.cross_entropy(input, target)  # noqa: E731
-            theirs = lambda input, target=target: torch.nn.functional.cross_entropy(input, target)  # noqa: E731
-        torch.compiler.reset()
-        functions = {"torch_mlp": ours, "eager": theirs, "compile": torch.compile(theirs)}
-        steps = {name: training_step(function, inputs, grad_output) for name, function in functions.items()}
-        for step in steps.values():
-            step()
-        times = median_times(steps, arguments.rounds, arguments.seconds)
-        ratio = min(times["eager"], times["compile"]) / times["torch_mlp"]
-        print(f"{label:36s}" + "".join(f"{times[name]:12.1f}" for name in functions) + f"{ratio:8.2f}", flush=True)
+    rows: list[dict[str, Any]] = []
+    todo = [(threads, *case) for threads in arguments.threads for name in dtypes for case in plan(arguments, name)]
+    start = time.monotonic()
+    try:
+        with tqdm(total=len(todo), unit="shape", disable=None) as progress:
+            table: list[dict[str, Any]] = []
+            for index, (threads, op, shape, dtype) in enumerate(todo):
+                if not table:
+                    tqdm.write(f"{op}, {dtype}, {threads} thread(s), forward + backward\n{HEADER}")
+                torch.set_num_threads(threads)
+                torch.manual_seed(0)
+                case = Case(op, shape, getattr(torch, dtype), arguments.device)
+                table.append(case.measure(arguments.turns, arguments.seconds, not arguments.no_compile))
+                tqdm.write(line(table[-1]))
+                progress.update()
+                following = todo[index + 1] if index + 1 < len(todo) else (0, "", (), "")
+                if (following[0], following[1], following[3]) != (threads, op, dtype):
+                    tqdm.write(summary(table) + "\n")
+                    rows += table
+                    table = []
+    except KeyboardInterrupt:
+        print("bench: stopped; what was measured is kept")
+        rows += table
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("\n".join(scaling(rows)))
+    print(f"{time.monotonic() - start:.0f} s; load {os.getloadavg()[0]:.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+    if arguments.plot and rows:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

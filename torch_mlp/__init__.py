@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from torch_mlp import functional, nn, ops
+from torch_mlp.config import show_config
 
 try:
     __version__ = _version("torch_mlp")
 except _PackageNotFoundError:  # imported from a source tree that was built in place, not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "functional", "nn", "ops"]
+__all__ = ["__version__", "functional", "nn", "ops", "show_config"]

@@ -13,13 +13,14 @@ namespace {
 std::string cpu_capability() { return kernels().name; }
 
 int64_t cpu_multiply_adds(int64_t threads, int64_t rounds) {
-  std::atomic<float> keep;  // so that the results count as used
+  std::atomic<float> keep{0};  // so that the results count as used
+  const Kernels& table = kernels();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      keep = kernels().multiply_adds(rounds);
+      keep = table.multiply_adds(rounds);
     }
   });
-  return 2 * threads * rounds * kernels().multiply_adds_of_round;
+  return 2 * threads * rounds * table.multiply_adds_of_round;
 }
 
 }  // namespace

@@ -9,9 +9,9 @@
 // whose target is ignore_index have loss 0 and gradient 0, whatever they hold.
 // lse is kept as m and s, for m + log(s) would lose the digits of log(s) when the logits are large: exp(x - m) / s is
 // as exact for logits near 10,000 as for logits near 0. Fused: softmax and loss in one visit of a row while it is in
-// cache; the gradient in one sweep, p never stored. What visits every logit is in softmax.h, for float and bfloat16; the
-// other dtypes take plain loops. Threads: by blocks of rows. The loss is summed per block, then over the blocks; their
-// number depends on the shape alone, so that the bits do not depend on the number of threads.
+// cache; the gradient in one sweep, p never stored. What visits every logit is in softmax.h, for float and bfloat16;
+// the other dtypes take plain loops. Threads: by blocks of rows. The loss is summed per block, then over the blocks;
+// their number depends on the shape alone, so that the bits do not depend on the number of threads.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -38,9 +38,7 @@ struct Options {
 
 // Labels are checked before anything is written, and outside the parallel region, whose exceptions lose their type.
 void check_labels(const char* op, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
-  const auto is_valid = [=](int64_t label) {
-    return uint64_t(label) < uint64_t(classes) || label == ignore_index;
-  };
+  const auto is_valid = [=](int64_t label) { return uint64_t(label) < uint64_t(classes) || label == ignore_index; };
   const int64_t* wrong = std::find_if_not(target, target + rows, is_valid);
   if (wrong != target + rows) {
     check<std::out_of_range>(false, op, ": expected target in [0, ", classes, ") or ignore_index ", ignore_index,
@@ -114,8 +112,8 @@ compute_t<scalar_t> gradient(const scalar_t* x, const scalar_t* weight, scalar_t
                                                 offset, target);
   } else {
     for (int64_t c = 0; c < classes; ++c) {
-      grad[c] = scalar_t(factor * std::exp(compute(x[c]) - maximum) -
-                         offset * (weight ? compute(weight[c]) : compute(1)));
+      grad[c] =
+          scalar_t(factor * std::exp(compute(x[c]) - maximum) - offset * (weight ? compute(weight[c]) : compute(1)));
     }
     return std::exp(compute(x[target]) - maximum);
   }
@@ -197,8 +195,8 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
       const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[c]) : 1.0);
       const double over_sum = 1 / double(lse[rows + i]);
       const double factor = scale * (row_weight + smoothing * weight_sum) * over_sum;
-      const double p = over_sum * gradient(x, weight, grad, classes, lse[i], compute(factor),
-                                           compute(scale * smoothing), c);
+      const double p =
+          over_sum * gradient(x, weight, grad, classes, lse[i], compute(factor), compute(scale * smoothing), c);
       // The target's own: here digits cancel as p nears 1, and one class alone must get exactly 0.
       grad[c] =
           scalar_t(scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
@@ -229,6 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
                                                      int64_t ignore_index, double label_smoothing) {
   constexpr const char* op = "cross_entropy";
   const Options options{check_reduction(op, reduction), ignore_index, label_smoothing};
+  kernels();  // the first call may throw, which must not happen inside a parallel region
   check_cross_entropy(op, input, target, weight, label_smoothing);
   const int64_t rows = input.size(0), classes = input.size(1);
   const Tensor y = torch::stable::contiguous(target);
@@ -258,6 +257,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
                                   const std::string& reduction, int64_t ignore_index, double label_smoothing) {
   constexpr const char* op = "_cross_entropy_backward";
   const Options options{check_reduction(op, reduction), ignore_index, label_smoothing};
+  kernels();  // the first call may throw, which must not happen inside a parallel region
   check_cross_entropy_backward(op, grad_output, input, target, weight, lse, total_weight, options.reduction,
                                label_smoothing);
   const int64_t rows = input.size(0), classes = input.size(1);

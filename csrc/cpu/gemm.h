@@ -12,8 +12,8 @@
 // So the weight, the larger operand for the batches that come here, is never packed. linear also has a tile of dot
 // products along in_features, which needs no transposed panel: for a few rows of x, or a few outputs.
 //
-// Sums over a long depth are cut at kTileDepth, for cache and for accuracy. Every element is summed in the same order
-// whichever thread computes it. For level.h.
+// The tiles' sums over a long depth are cut at kTileDepth, for cache and for accuracy. Every element is summed in the
+// same order whichever thread computes it. For level.h.
 #pragma once
 
 #include "vector.h"

@@ -26,9 +26,9 @@ const Kernels& choose() {
       {&level_default::kernels, true},
 #if defined(__x86_64__)
       {&level_avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {&level_avx512::kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&level_avx512::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
 #endif
   };
   const char* wanted = forced_level();

@@ -43,6 +43,7 @@ constexpr ActivationKind kind_of = std::is_same_v<Activation, Identity>  ? Activ
 
 template <typename Activation, typename scalar_t>
 void activate(scalar_t* y, int64_t count) {
+  kernels();  // the first call may throw, which must not happen inside a parallel region
   torch::stable::parallel_for(0, count, kElementsPerThread, [&](int64_t begin, int64_t end) {
     if constexpr (has_vector_kernels<scalar_t>) {
       elementwise_kernels<scalar_t>().activate(kind_of<Activation>, bits_of(y + begin), end - begin);
@@ -56,8 +57,8 @@ void activate(scalar_t* y, int64_t count) {
 
 // gz[i, j] = gy[i, j] * act'(z[i, j]) where gz is wanted, sums[j] += sum_i of it where the sums are (null otherwise).
 template <typename Activation, typename scalar_t>
-void activation_backward_rows(const scalar_t* gy, const scalar_t* y, scalar_t* gz, int64_t gz_stride,
-                              double* sums, int64_t rows, int64_t cols) {
+void activation_backward_rows(const scalar_t* gy, const scalar_t* y, scalar_t* gz, int64_t gz_stride, double* sums,
+                              int64_t rows, int64_t cols) {
   if constexpr (has_vector_kernels<scalar_t>) {
     elementwise_kernels<scalar_t>().activation_backward(kind_of<Activation>, bits_of(gy), bits_of(y), bits_of(gz),
                                                         gz_stride, sums, rows, cols);
@@ -85,9 +86,10 @@ void activation_backward(const Tensor& gy, const Tensor& y, const Tensor* gz, co
   scalar_t* to_gz = gz ? gz->mutable_data_ptr<scalar_t>() : nullptr;
   const int64_t most_blocks = std::clamp<int64_t>(kMaxScratchBytes / 8 / std::max<int64_t>(1, cols), 1, kMaxSumBlocks);
   const int64_t block_rows = std::max(kMinSumRows, ceil_div(rows, most_blocks)), blocks = ceil_div(rows, block_rows);
-  auto* sums = gb ? scratch<struct GradBiasSums, double>(blocks * cols) : nullptr;
+  auto* sums = gb ? scratch<GradBiasSums, double>(blocks * cols) : nullptr;
   std::fill_n(sums, gb ? blocks * cols : 0, 0);
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * cols));
+  kernels();
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block * block_rows;
@@ -135,9 +137,7 @@ KernelsWin kernels_win(const LinearShape& shape) {
   return {has_few_outputs || shape.batch <= 512, has_few_outputs || is_minibatch, has_few_outputs || is_minibatch};
 }
 
-LinearShape linear_shape(const Tensor& x, const Tensor& weight) {
-  return {x.size(0), weight.size(1), weight.size(0)};
-}
+LinearShape linear_shape(const Tensor& x, const Tensor& weight) { return {x.size(0), weight.size(1), weight.size(0)}; }
 
 // The matrix itself where the elements of a row are adjacent, else a copy.
 Tensor with_adjacent_columns(const Tensor& matrix) {
@@ -167,7 +167,7 @@ void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::op
   const int64_t tasks = kernels().linear_tasks(shape);
   const int64_t grain = grain_of(tasks, shape.batch * shape.in_features * shape.out_features);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    kernels().linear(forward, begin, end, scratch<struct Panel, float>(kernels().linear_scratch(shape)));
+    kernels().linear(forward, begin, end, scratch<Panel, float>(kernels().linear_scratch(shape)));
   });
 }
 
@@ -175,7 +175,7 @@ void product_by_kernels(const Product& product) {
   const int64_t tasks = kernels().product_tasks(product);
   const int64_t grain = grain_of(tasks, product.rows * product.cols * product.depth);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    kernels().product(product, begin, end, scratch<struct Panel, float>(kernels().product_scratch(product)));
+    kernels().product(product, begin, end, scratch<Panel, float>(kernels().product_scratch(product)));
   });
 }
 
@@ -220,8 +220,8 @@ Tensor linear_act_cpu(const Tensor& input, const Tensor& weight, const std::opti
   return output;
 }
 
-// A matrix (rows, cols) of scratch memory. Its rows begin in different lines of a cache set, so that a column of it fits
-// the cache too, whatever power of two cols may be.
+// A matrix (rows, cols) of scratch memory. Its rows begin in different lines of a cache set, so that a column of it
+// fits the cache too, whatever power of two cols may be.
 template <typename scalar_t>
 Tensor scratch_matrix(int64_t rows, int64_t cols, const Tensor& like) {
   constexpr int64_t line = 64 / sizeof(scalar_t);
@@ -231,9 +231,9 @@ Tensor scratch_matrix(int64_t rows, int64_t cols, const Tensor& like) {
   }
   const std::array<int64_t, 2> sizes{rows, cols}, strides{stride, 1};
   AtenTensorHandle view;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-      scratch<struct GradZ, scalar_t>(rows * stride), 2, sizes.data(), strides.data(), 0, int32_t(like.scalar_type()),
-      aoti_torch_device_type_cpu(), 0, &view));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(scratch<GradZ, scalar_t>(rows * stride), 2, sizes.data(),
+                                                            strides.data(), 0, int32_t(like.scalar_type()),
+                                                            aoti_torch_device_type_cpu(), 0, &view));
   return Tensor(view);
 }
 

@@ -10,6 +10,11 @@ namespace torch_mlp {
 // What a thread keeps for one purpose, at most. Work that needs more takes another way.
 constexpr int64_t kMaxScratchBytes = 4 << 20;
 
+// The purposes.
+struct Panel;         // operands as the vector kernels want them
+struct GradZ;         // between the two halves of a backward pass
+struct GradBiasSums;  // partial sums
+
 // At least count elements on a 64-byte boundary, with any content, valid until this thread asks for this Purpose again.
 template <typename Purpose, typename T>
 T* scratch(int64_t count) {

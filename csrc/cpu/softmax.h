@@ -128,8 +128,7 @@ TORCH_MLP_INLINE void gradient_of_vector(const T* x, const T* weight, T* grad, i
 }
 
 template <bool has_offset, typename T>
-void gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor,
-                     float offset) {
+void gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset) {
   const int64_t whole = whole_vectors(classes);
   for (int64_t c = 0; c < whole; c += kLanes) {
     gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, grad + c, kLanes, maximum, factor,

@@ -1,7 +1,8 @@
 // Vectors of floats in the compiler's own vector types: loads and stores, exp, log, the activations, a transpose.
 //
 // What arithmetic operators and ?: do element by element is left to the compiler; intrinsics are used only where it has
-// no word for an instruction. For level.h; see kernels.h for why nothing of the standard library is called here.
+// no word for an instruction. For level.h; see kernels.h for why nothing of the standard
+// library is called here but memcpy.
 #pragma once
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
@@ -17,6 +18,13 @@ using vec_uint = uint32_t __attribute__((vector_size(4 * kLanes)));
 #define TORCH_MLP_INLINE inline __attribute__((always_inline))
 // Loops over registers have to vanish, else the array of them lives in memory.
 #define TORCH_MLP_UNROLL _Pragma("GCC unroll 32")
+
+// Elements of a and b, numbered through both.
+#if defined(__clang__)
+#define TORCH_MLP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define TORCH_MLP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vec_int{__VA_ARGS__})  // GCC 11 has no other
+#endif
 
 // x - 0 and not 0 + x, which would turn -0 into 0 and cost an instruction.
 TORCH_MLP_INLINE vec broadcast(float x) { return x - vec{}; }
@@ -110,8 +118,8 @@ TORCH_MLP_INLINE int64_t whole_vectors(int64_t count) { return count / kLanes * 
 // Lane l of the results is a's or b's, in turns of distance lanes: low takes a's and b's lower halves, high the upper.
 template <int distance, size_t... lane>
 TORCH_MLP_INLINE void exchange(vec& a, vec& b, std::index_sequence<lane...>) {
-  const vec low = __builtin_shufflevector(a, b, int(lane & distance ? lane - distance + kLanes : lane)...);
-  const vec high = __builtin_shufflevector(a, b, int(lane & distance ? lane + kLanes : lane + distance)...);
+  const vec low = TORCH_MLP_SHUFFLE(a, b, int(lane & distance ? lane - distance + kLanes : lane)...);
+  const vec high = TORCH_MLP_SHUFFLE(a, b, int(lane & distance ? lane + kLanes : lane + distance)...);
   a = low;
   b = high;
 }

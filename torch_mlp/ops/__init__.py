@@ -41,4 +41,9 @@ def has_cuda_kernels() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("torch_mlp::linear_act", "CUDA")
 
 
-__all__ = ["ACTIVATIONS", "cross_entropy", "has_cuda_kernels", "linear_act"]
+def cpu_capability() -> str:
+    """The instruction set of the CPU's kernels: "default", "avx2" or "avx512"."""
+    return torch.ops.torch_mlp._cpu_capability()
+
+
+__all__ = ["ACTIVATIONS", "cpu_capability", "cross_entropy", "has_cuda_kernels", "linear_act"]
