@@ -5,8 +5,11 @@ import torch
 
 import torch_mlp
 
+# Those that take tensors: the others tell about the processor, see test_config.py.
 OPS = sorted(
-    name.removeprefix("torch_mlp::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("torch_mlp::")
+    name.removeprefix("torch_mlp::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("torch_mlp::") and not name.startswith("torch_mlp::_cpu_")
 )
 
 
