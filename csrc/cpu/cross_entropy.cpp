@@ -101,21 +101,23 @@ double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compu
   }
 }
 
-// gx_c = factor * exp(x_c - maximum) - offset * w_c; gives exp(x_target - maximum)
+// gx_ic = factor_i * exp(x_ic - maximum_i) - offset_i * w_c, and of_target_i = exp(x_iy - maximum_i), of some rows.
 template <typename scalar_t>
-compute_t<scalar_t> gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t classes,
-                             compute_t<scalar_t> maximum, compute_t<scalar_t> factor, compute_t<scalar_t> offset,
-                             int64_t target) {
+void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t rows, int64_t classes,
+              const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* factor, const compute_t<scalar_t>* offset,
+              const int64_t* target, compute_t<scalar_t>* of_target) {
   using compute = compute_t<scalar_t>;
   if constexpr (has_vector_kernels<scalar_t>) {
-    return softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), classes, maximum, factor,
-                                                offset, target);
+    softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), rows, classes, maximum, factor,
+                                         offset, target, of_target);
   } else {
-    for (int64_t c = 0; c < classes; ++c) {
-      grad[c] =
-          scalar_t(factor * std::exp(compute(x[c]) - maximum) - offset * (weight ? compute(weight[c]) : compute(1)));
+    for (int64_t i = 0; i < rows; ++i, x += classes, grad += classes) {
+      for (int64_t c = 0; c < classes; ++c) {
+        grad[c] = scalar_t(factor[i] * std::exp(compute(x[c]) - maximum[i]) -
+                           (offset ? offset[i] * (weight ? compute(weight[c]) : compute(1)) : compute(0)));
+      }
+      of_target[i] = uint64_t(target[i]) < uint64_t(classes) ? std::exp(compute(x[target[i]]) - maximum[i]) : 0;
     }
-    return std::exp(compute(x[target]) - maximum);
   }
 }
 
@@ -181,25 +183,37 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
   const double scale_of_all = options.reduction == Reduction::None  ? 1.0
                               : options.reduction == Reduction::Sum ? double(*grad_output)
                                                                     : double(*grad_output) / double(total_weight);
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, classes));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  const auto rows_between = [&](int64_t begin, int64_t end) {
+    std::array<compute, kRowsAtOnce> factor, offset, of_target;
+    std::array<double, kRowsAtOnce> scale, row_weight, over_sum;
     for (int64_t i = begin; i < end; ++i) {
-      const scalar_t* x = input + i * classes;
+      const int64_t k = i - begin;
+      const bool is_ignored = target[i] == options.ignore_index;
+      scale[k] = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
+      row_weight[k] = (1 - options.label_smoothing) * (weight && !is_ignored ? double(weight[target[i]]) : 1.0);
+      over_sum[k] = 1 / double(lse[rows + i]);
+      factor[k] = compute(scale[k] * (row_weight[k] + smoothing * weight_sum) * over_sum[k]);
+      offset[k] = compute(scale[k] * smoothing);
+    }
+    gradient(input + begin * classes, weight, grad_input + begin * classes, end - begin, classes, lse + begin,
+             factor.data(), smoothing == 0 ? nullptr : offset.data(), target + begin, of_target.data());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = i - begin;
       scalar_t* grad = grad_input + i * classes;
       if (target[i] == options.ignore_index) {
         std::fill(grad, grad + classes, scalar_t(0));
-        continue;
+      } else {
+        // The target's own: here digits cancel as p nears 1, and one class alone must get exactly 0.
+        const double p = over_sum[k] * double(of_target[k]);
+        const double target_weight = weight ? double(weight[target[i]]) : 1.0;
+        grad[target[i]] = scalar_t(scale[k] * (row_weight[k] * (p - 1) + smoothing * (weight_sum * p - target_weight)));
       }
-      const double scale = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
-      const int64_t c = target[i];
-      const double row_weight = (1 - options.label_smoothing) * (weight ? double(weight[c]) : 1.0);
-      const double over_sum = 1 / double(lse[rows + i]);
-      const double factor = scale * (row_weight + smoothing * weight_sum) * over_sum;
-      const double p =
-          over_sum * gradient(x, weight, grad, classes, lse[i], compute(factor), compute(scale * smoothing), c);
-      // The target's own: here digits cancel as p nears 1, and one class alone must get exactly 0.
-      grad[c] =
-          scalar_t(scale * (row_weight * (p - 1) + smoothing * (weight_sum * p - (weight ? double(weight[c]) : 1.0))));
+    }
+  };
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, classes));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kRowsAtOnce) {
+      rows_between(i, std::min(i + kRowsAtOnce, end));
     }
   });
 }

@@ -117,38 +117,48 @@ double deficit(const T* x, const T* weight, int64_t classes, float maximum) {
   return total;
 }
 
+// Gives exp(x - maximum) of the vector.
 template <bool has_offset, bool is_whole, typename T>
-TORCH_MLP_INLINE void gradient_of_vector(const T* x, const T* weight, T* grad, int64_t count, float maximum,
-                                         float factor, float offset) {
-  vec value = factor * exp_below_overflow(load_some<is_whole>(x, count) - maximum);
+TORCH_MLP_INLINE vec gradient_of_vector(const T* x, const T* weight, T* grad, int64_t count, float maximum,
+                                        float factor, float offset) {
+  const vec of_x = exp_below_overflow(load_some<is_whole>(x, count) - maximum);
+  vec value = factor * of_x;
   if constexpr (has_offset) {
     value -= offset * (weight ? load_some<is_whole>(weight, count) : broadcast(1.0f));
   }
   store_some<is_whole>(grad, value, count);
+  return of_x;
 }
 
 template <bool has_offset, typename T>
-void gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset) {
+TORCH_MLP_INLINE float gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum,
+                                       float factor, float offset, int64_t target) {
   const int64_t whole = whole_vectors(classes);
+  vec last{};
   for (int64_t c = 0; c < whole; c += kLanes) {
-    gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, grad + c, kLanes, maximum, factor,
-                                         offset);
+    last = gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, grad + c, kLanes, maximum, factor,
+                                                offset);
   }
   if (whole < classes) {
-    gradient_of_vector<has_offset, false>(x + whole, weight ? weight + whole : weight, grad + whole, classes - whole,
-                                          maximum, factor, offset);
+    last = gradient_of_vector<has_offset, false>(x + whole, weight ? weight + whole : weight, grad + whole,
+                                                 classes - whole, maximum, factor, offset);
   }
+  if (classes <= kLanes) {
+    float of_x[kLanes];
+    store(of_x, last);
+    return of_x[target];
+  }
+  return exp_below_overflow(load_part(x + target, 1) - maximum)[0];
 }
 
 template <typename T>
-float gradient(const T* x, const T* weight, T* grad, int64_t classes, float maximum, float factor, float offset,
-               int64_t target) {
-  if (offset == 0) {
-    gradient_of_row<false>(x, weight, grad, classes, maximum, factor, offset);
-  } else {
-    gradient_of_row<true>(x, weight, grad, classes, maximum, factor, offset);
+void gradient(const T* x, const T* weight, T* grad, int64_t rows, int64_t classes, const float* maximum,
+              const float* factor, const float* offset, const int64_t* target, float* of_target) {
+  for (int64_t i = 0; i < rows; ++i, x += classes, grad += classes) {
+    const int64_t c = uint64_t(target[i]) < uint64_t(classes) ? target[i] : 0;  // 0 for a row that is ignored
+    of_target[i] = offset ? gradient_of_row<true>(x, weight, grad, classes, maximum[i], factor[i], offset[i], c)
+                          : gradient_of_row<false>(x, weight, grad, classes, maximum[i], factor[i], 0, c);
   }
-  return exp_below_overflow(load_part(x + target, 1) - maximum)[0];
 }
 
 void log(const float* x, float* y, int64_t count) {
