@@ -131,10 +131,10 @@ KernelsWin kernels_win(const LinearShape& shape) {
   }
   const bool has_few_outputs = shape.out_features <= 16;
   if (library_is_tuned_for_processor()) {
-    return {has_few_outputs || shape.batch <= 128, false, has_few_outputs};
+    return {has_few_outputs || shape.batch <= 128, false, has_few_outputs && shape.batch <= 1024};
   }
-  const bool is_minibatch = shape.batch >= 8 && shape.batch <= 512;
-  return {has_few_outputs || shape.batch <= 512, has_few_outputs || is_minibatch, has_few_outputs || is_minibatch};
+  const bool is_minibatch = shape.batch >= 8 && shape.batch <= (has_few_outputs ? 1024 : 512);
+  return {has_few_outputs || shape.batch <= 512, is_minibatch, is_minibatch};
 }
 
 LinearShape linear_shape(const Tensor& x, const Tensor& weight) { return {x.size(0), weight.size(1), weight.size(0)}; }
