@@ -67,7 +67,7 @@ def test_edges_of_tiles(batch, ins, outs, activation, has_bias, seed):
     def values(dtype, function):
         leaves = [value.to(dtype).detach().requires_grad_() for value in inputs]
         output = function(*leaves)
-        return [output, *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
 
     def eager(input, weight, bias=None):
         return EAGER[activation](torch.nn.functional.linear(input, weight, bias))
@@ -168,7 +168,7 @@ def test_bfloat16_tails(activation, shape):
     def values(dtype, function):
         leaves = [value.bfloat16().to(dtype).requires_grad_() for value in inputs]
         output = function(*leaves)
-        return [output, *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
 
     ours = values(torch.bfloat16, lambda *tensors: linear_act(*tensors, activation=activation))
     truth = values(torch.float64, lambda *tensors: EAGER[activation](torch.nn.functional.linear(*tensors)))
