@@ -1,8 +1,8 @@
 """torch_mlp/nn/mlp.py."""
 
 import copy
-import pickle
 import math
+import pickle
 import warnings
 from itertools import pairwise
 
