@@ -72,7 +72,6 @@ struct SoftmaxKernels {
 
 struct Kernels {
   const char* name;
-  int64_t lanes;  // floats in a vector
 
   // Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and floats of scratch
   // memory, as many as the *_scratch function says.

@@ -30,7 +30,6 @@ namespace torch_mlp::TORCH_MLP_LEVEL {
 
 const Kernels kernels{
     TORCH_MLP_LEVEL_NAME,
-    kLanes,
     linear_tasks,
     linear_scratch,
     linear,

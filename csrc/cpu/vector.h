@@ -1,8 +1,8 @@
 // Vectors of floats in the compiler's own vector types: loads and stores, exp, log, the activations, a transpose.
 //
 // What arithmetic operators and ?: do element by element is left to the compiler; intrinsics are used only where it has
-// no word for an instruction. For level.h; see kernels.h for why nothing of the standard
-// library is called here but memcpy.
+// no word for an instruction. For level.h; see kernels.h for why nothing of the standard library is called here but
+// memcpy.
 #pragma once
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
@@ -30,7 +30,6 @@ using vec_uint = uint32_t __attribute__((vector_size(4 * kLanes)));
 TORCH_MLP_INLINE vec broadcast(float x) { return x - vec{}; }
 
 TORCH_MLP_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-TORCH_MLP_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 TORCH_MLP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- loads and stores; the part_ ones touch only the first count elements and fill up with zeros ---
@@ -184,11 +183,6 @@ struct DoubleSum {
     }
   }
 };
-
-TORCH_MLP_INLINE float sum_of(vec value) {
-  vec values[kLanes] = {value};
-  return sums_of(values)[0];
-}
 
 // The larger of both; b where one is NaN.
 TORCH_MLP_INLINE vec maximum_of(vec a, vec b) {
