@@ -16,6 +16,7 @@
 // same order whichever thread computes it. For level.h.
 #pragma once
 
+#include "dots.h"
 #include "vector.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
@@ -25,12 +26,18 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 constexpr int kTileCols = kTileVectors * kLanes;
-constexpr int64_t kTileDepth = 256;
+constexpr int64_t kTileDepth = 256;  // about: a depth is cut into equal parts
 // Rows of a narrow tile lie too far apart in b for the processor to fetch them ahead: such panels are copied.
 constexpr bool kPacksAllPanels = kTileCols * sizeof(float) < 256;
-constexpr int64_t kBlockRows = 48;  // of y^T between the tiles and the activation
-constexpr int64_t kProductTaskRows = 24;
-constexpr int64_t kCachedFloats = 1 << 17;  // half a megabyte, of a second-level cache of one or two
+constexpr int64_t kFinishRows = 48;   // between the tiles and the activation
+constexpr int64_t kBlockRows = 252;   // of operand a: a quarter of a megabyte, of a second-level cache of one or two
+constexpr int64_t kMinPackRows = 96;  // that a panel of b has to serve to be worth copying
+constexpr int64_t kMostPanelOutputs = 512;  // for which rows of W may be packed rather than rows of x
+constexpr int64_t kMinFetchRows = 48;       // worth fetching it beforehand
+constexpr int64_t kMinSplitRows = 48;       // worth dividing among threads
+constexpr int64_t kCachedFloats = 1 << 16;  // a quarter of a megabyte
+
+int64_t part_of_depth(int64_t depth) { return ceil_div(depth, max(1, (depth + kTileDepth / 2) / kTileDepth)); }
 
 // Operand a of a tile: element (i, p) lies at data[i * row_stride + p * depth_stride].
 struct Broadcast {
@@ -103,30 +110,49 @@ TORCH_MLP_INLINE void tile_of(int64_t rows, int64_t depth, Broadcast a, ConstMat
   }
 }
 
-// The tiles of one panel of at most kTileCols columns, one below the other and of about the same height.
+// What is needed next: (rows, cols), adjacent rows too far apart for the processor to fetch it by itself.
+struct Ahead {
+  ConstMatrix matrix;
+  int64_t rows, cols;
+};
+
+TORCH_MLP_INLINE void fetch(const Ahead& ahead, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t j = 0; j < ahead.cols; j += 16) {
+      __builtin_prefetch(ahead.matrix.data + i * ahead.matrix.stride + j);
+    }
+  }
+}
+
+// The tiles of one panel of at most kTileCols columns, one below the other and of about the same height. Meanwhile the
+// next panel is fetched: its rows lie too far apart for the processor to do so by itself.
 template <int vectors = kTileVectors>
-void tiles(int64_t rows, int64_t depth, Broadcast a, ConstMatrix b, Matrix c, int64_t cols, bool accumulates) {
+void tiles(int64_t rows, int64_t depth, Broadcast a, ConstMatrix b, Matrix c, int64_t cols, bool accumulates,
+           Ahead ahead) {
   if constexpr (vectors > 1) {
     if (cols <= (vectors - 1) * kLanes) {
-      return tiles<vectors - 1>(rows, depth, a, b, c, cols, accumulates);
+      return tiles<vectors - 1>(rows, depth, a, b, c, cols, accumulates, ahead);
     }
   }
   const int64_t count = ceil_div(rows, kTileRows);
   for (int64_t t = 0, begin = 0; t < count; ++t) {
     const int64_t end = rows * (t + 1) / count;
+    fetch(ahead, ahead.rows * t / count, ahead.rows * (t + 1) / count);
     tile_of<kTileRows, vectors>(end - begin, depth, {a.data + begin * a.row_stride, a.row_stride, a.depth_stride}, b,
                                 {c.data + begin * c.stride, c.stride}, cols, accumulates);
     begin = end;
   }
 }
 
-// --- product: c = a b or a^T b. A task is a part of the rows of a panel of columns. ---
+// --- product: c = a b or a^T b. A task is a row of tiles, or a panel of columns where there are few rows. ---
+
+bool is_split_by_rows(const Product& self) { return self.rows >= kMinSplitRows; }
 
 int64_t product_tasks(const Product& self) {
-  return ceil_div(self.cols, kTileCols) * ceil_div(self.rows, kProductTaskRows);
+  return is_split_by_rows(self) ? ceil_div(self.rows, kTileRows) : ceil_div(self.cols, kTileCols);
 }
 
-int64_t product_scratch(const Product&) { return kTileDepth * kTileCols; }
+int64_t product_scratch(const Product& self) { return part_of_depth(self.depth) * kTileCols; }
 
 // (depth, cols) of b with the rows filled up with zeros to whole vectors.
 ConstMatrix pack(ConstMatrix b, int64_t depth, int64_t cols, float* panel) {
@@ -145,33 +171,37 @@ ConstMatrix pack(ConstMatrix b, int64_t depth, int64_t cols, float* panel) {
 }
 
 void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
-  // The tasks go through the panels of a block of rows where b stays in cache meanwhile, so that c is written row by
-  // row; else through the rows of a panel, so that b is read once.
-  const int64_t panels = ceil_div(self.cols, kTileCols), blocks = ceil_div(self.rows, kProductTaskRows);
-  const bool goes_by_rows = self.depth * self.cols <= kCachedFloats;
-  const int64_t run = goes_by_rows ? panels : blocks;
-  for (int64_t next; begin < end; begin = next) {
-    next = min(end, (begin / run + 1) * run);
-    const int64_t block = goes_by_rows ? begin / run : begin % run, panel = goes_by_rows ? begin % run : begin / run;
-    const int64_t last_block = goes_by_rows ? block + 1 : block + (next - begin);
-    const int64_t last_panel = goes_by_rows ? panel + (next - begin) : panel + 1;
-    const int64_t row = block * kProductTaskRows, rows = min(self.rows, last_block * kProductTaskRows) - row;
+  const bool by_rows = is_split_by_rows(self);
+  const int64_t first_row = by_rows ? begin * kTileRows : 0, first_col = by_rows ? 0 : begin * kTileCols;
+  const int64_t last_row = by_rows ? min(self.rows, end * kTileRows) : self.rows;
+  const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kTileCols);
+  // Where all of b stays in cache, c is written row by row; else a part of a does, beside a panel of b.
+  const bool keeps_b = self.depth * (last_col - first_col) <= kCachedFloats;
+  const int64_t most_rows = keeps_b ? kTileRows : kBlockRows, most_depth = part_of_depth(self.depth);
+  for (int64_t row = first_row; row < last_row; row += most_rows) {
+    const int64_t rows = min(last_row - row, most_rows);
     const Broadcast a = self.a_transposed ? Broadcast{self.a.data + row, 1, self.a.stride}
                                           : Broadcast{self.a.data + row * self.a.stride, self.a.stride, 1};
-    for (int64_t p = 0; p < self.depth; p += kTileDepth) {
-      const int64_t depth = min(self.depth - p, kTileDepth);
-      for (int64_t col = panel * kTileCols; col < min(self.cols, last_panel * kTileCols); col += kTileCols) {
-        const int64_t cols = min(self.cols - col, kTileCols);
-        const ConstMatrix b{self.b.data + p * self.b.stride + col, self.b.stride};
+    for (int64_t p = 0; p < self.depth; p += most_depth) {
+      const int64_t depth = min(self.depth - p, most_depth);
+      const float* of_b = self.b.data + p * self.b.stride;
+      for (int64_t col = first_col; col < last_col; col += kTileCols) {
+        const int64_t cols = min(last_col - col, kTileCols), next = col + kTileCols;
+        const bool packs = kPacksAllPanels || cols % kLanes || rows >= kMinPackRows;
+        const ConstMatrix b{of_b + col, self.b.stride};
+        const bool fetches = !keeps_b && rows >= kMinFetchRows && (next < last_col || p + depth < self.depth);
+        const Ahead ahead{{next < last_col ? of_b + next : of_b + depth * self.b.stride + first_col, self.b.stride},
+                          fetches ? depth : 0,
+                          kTileCols};
         tiles(rows, depth, {a.data + p * a.depth_stride, a.row_stride, a.depth_stride},
-              kPacksAllPanels || cols % kLanes ? pack(b, depth, cols, scratch) : b,
-              {self.c.data + row * self.c.stride + col, self.c.stride}, cols, p > 0);
+              packs ? pack(b, depth, cols, scratch) : b, {self.c.data + row * self.c.stride + col, self.c.stride}, cols,
+              p > 0, ahead);
       }
     }
   }
 }
 
-// --- linear by panels of x^T. A task is kLanes outputs of a panel of rows of x. ---
+// --- linear by panels. A task is kLanes rows of the other operand with a panel of kTileCols rows of the first. ---
 
 // (depth, rows) = the transpose of x (rows, depth), the rows filled up with zeros to whole vectors.
 void pack_transposed(ConstMatrix x, int64_t rows, int64_t depth, float* panel) {
@@ -204,16 +234,30 @@ void pack_transposed(ConstMatrix x, int64_t rows, int64_t depth, float* panel) {
   }
 }
 
-// The part of y that a block of y^T (outputs, rows) holds, from there on with bias and activation.
+// The part of y that a block holds, from there on with bias and activation.
 template <ActivationKind kind>
-void finish_block(const float* block, int64_t width, const float* bias, int64_t outputs, int64_t rows, Matrix y) {
+void finish_rows(Matrix block, const float* bias, int64_t rows, int64_t outputs, Matrix y) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t n = 0; n < outputs; n += kLanes) {
+      const int64_t left = min(outputs - n, kLanes);
+      const vec z = load(block.data + i * block.stride + n);
+      const vec value = activation<kind>(bias ? z + load_part(bias + n, left) : z);
+      float* to = y.data + i * y.stride + n;
+      left == kLanes ? store(to, value) : store_part(to, value, left);
+    }
+  }
+}
+
+// The same of a block of y^T.
+template <ActivationKind kind>
+void finish_transposed(Matrix block, const float* bias, int64_t outputs, int64_t rows, Matrix y) {
   for (int64_t n = 0; n < outputs; n += kLanes) {
     const int64_t left = min(outputs - n, kLanes);
     for (int64_t i = 0; i < rows; i += kLanes) {
       vec square[kLanes];
       TORCH_MLP_UNROLL
       for (int l = 0; l < kLanes; ++l) {
-        const vec z = load(block + (n + l) * width + i);
+        const vec z = load(block.data + (n + l) * block.stride + i);
         square[l] = activation<kind>(bias && l < left ? z + bias[n + l] : z);
       }
       transpose(square);
@@ -228,133 +272,62 @@ void finish_block(const float* block, int64_t width, const float* bias, int64_t 
   }
 }
 
+// Whether x lies in the panels and a block is one of y^T; else W does, and it is one of y. The one of fewer rows is the
+// cheaper to pack, but y is then written panel by panel.
+bool puts_x_in_panels(const LinearShape& shape) {
+  return shape.batch <= shape.out_features || shape.out_features > kMostPanelOutputs;
+}
+
 int64_t panel_floats(const LinearShape& shape) { return shape.in_features * kTileCols; }
 
 void linear_by_panels(const LinearForward& self, int64_t begin, int64_t end, float* scratch) {
   const LinearShape& shape = self.shape;
-  const int64_t tasks = ceil_div(shape.out_features, kLanes);  // of one panel
-  float* block = scratch + panel_floats(shape);
+  const bool is_transposed = puts_x_in_panels(shape);
+  const ConstMatrix& first = is_transposed ? self.input : self.weight;
+  const ConstMatrix& other = is_transposed ? self.weight : self.input;
+  const int64_t first_rows = is_transposed ? shape.batch : shape.out_features;
+  const int64_t other_rows = is_transposed ? shape.out_features : shape.batch;
+  const int64_t tasks = ceil_div(other_rows, kLanes);  // of one panel
+  const int64_t depth = shape.in_features, most_depth = part_of_depth(depth);
   while (begin < end) {
     const int64_t panel = begin / tasks, next = min(end, (panel + 1) * tasks), row = panel * kTileCols;
-    const int64_t rows = min(shape.batch - row, kTileCols), width = ceil_div(rows, kLanes) * kLanes;
-    const int64_t last_output = min(shape.out_features, (next - panel * tasks) * kLanes);
-    pack_transposed({self.input.data + row * self.input.stride, self.input.stride}, rows, shape.in_features, scratch);
-    for (int64_t n = begin % tasks * kLanes; n < last_output; n += kBlockRows) {
-      const int64_t outputs = min(last_output - n, kBlockRows);
-      for (int64_t p = 0; p < shape.in_features; p += kTileDepth) {
-        tiles(outputs, min(shape.in_features - p, kTileDepth),
-              {self.weight.data + n * self.weight.stride + p, self.weight.stride, 1}, {scratch + p * width, width},
-              {block, width}, width, p > 0);
+    const int64_t rows = min(first_rows - row, kTileCols), width = ceil_div(rows, kLanes) * kLanes;
+    const int64_t last = min(other_rows, (next - panel * tasks) * kLanes);
+    pack_transposed({first.data + row * first.stride, first.stride}, rows, depth, scratch);
+    for (int64_t n = begin % tasks * kLanes; n < last; n += kFinishRows) {
+      const int64_t count = min(last - n, kFinishRows), y_row = is_transposed ? row : n,
+                    y_col = is_transposed ? n : row;
+      const Matrix y{self.output.data + y_row * self.output.stride + y_col, self.output.stride};
+      const Matrix block{scratch + panel_floats(shape), width};
+      for (int64_t p = 0; p < depth; p += most_depth) {
+        tiles(count, min(depth - p, most_depth), {other.data + n * other.stride + p, other.stride, 1},
+              {scratch + p * width, width}, block, width, p > 0, {});
       }
+      const float* bias = self.bias ? self.bias + y_col : nullptr;
       dispatch(self.activation, [&](auto act) {
-        finish_block<act.value>(block, width, self.bias ? self.bias + n : nullptr, outputs, rows,
-                                {self.output.data + row * self.output.stride + n, self.output.stride});
+        is_transposed ? finish_transposed<act.value>(block, bias, count, rows, y)
+                      : finish_rows<act.value>(block, bias, count, rows, y);
       });
     }
     begin = next;
   }
 }
 
-// --- linear by dot products along in_features. A task is kDotTaskRows rows of x and kDotTaskOutputs of W. ---
-
-constexpr int kDotRows = kLanes == 16 ? 4 : 2;
-constexpr int kDotOutputs = 4;
-constexpr int64_t kDotTaskRows = 16, kDotTaskOutputs = 16;
-
-// sum[i * outputs + j] += x_i w_j for the first count floats of x and w, or a whole vector of them.
-template <int rows, int outputs, bool is_whole>
-TORCH_MLP_INLINE void add_dots(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count,
-                               vec* sum) {
-  vec of_w[outputs];
-  TORCH_MLP_UNROLL
-  for (int j = 0; j < outputs; ++j) {
-    of_w[j] = load_some<is_whole>(w + j * w_stride, count);
-  }
-  TORCH_MLP_UNROLL
-  for (int i = 0; i < rows; ++i) {
-    const vec of_x = load_some<is_whole>(x + i * x_stride, count);
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < outputs; ++j) {
-      sum[i * outputs + j] += of_x * of_w[j];
-    }
-  }
-}
-
-template <int rows, int outputs>
-__attribute__((noinline)) void dot_tile(const LinearForward& self, int64_t row, int64_t n) {
-  constexpr int count = rows * outputs, groups = (count + kLanes - 1) / kLanes;
-  const int64_t depth = self.shape.in_features, whole = whole_vectors(depth);
-  const int64_t x_stride = self.input.stride, w_stride = self.weight.stride;
-  const float *x = self.input.data + row * x_stride, *w = self.weight.data + n * w_stride;
-  vec sum[groups * kLanes] = {};
-  for (int64_t p = 0; p < whole; p += kLanes) {
-    add_dots<rows, outputs, true>(x + p, x_stride, w + p, w_stride, kLanes, sum);
-  }
-  if (whole < depth) {
-    add_dots<rows, outputs, false>(x + whole, x_stride, w + whole, w_stride, depth - whole, sum);
-  }
-
-  float z[groups * kLanes], of_bias[groups * kLanes] = {};
-  if (self.bias) {
-    TORCH_MLP_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      memcpy(of_bias + i * outputs, self.bias + n, outputs * sizeof(float));
-    }
-  }
-  dispatch(self.activation, [&](auto act) {
-    TORCH_MLP_UNROLL
-    for (int g = 0; g < groups; ++g) {
-      vec group[kLanes];
-      memcpy(group, sum + g * kLanes, sizeof(group));
-      store(z + g * kLanes, activation<act.value>(sums_of(group) + load(of_bias + g * kLanes)));
-    }
-  });
-  TORCH_MLP_UNROLL
-  for (int i = 0; i < rows; ++i) {
-    memcpy(self.output.data + (row + i) * self.output.stride + n, z + i * outputs, outputs * sizeof(float));
-  }
-}
-
-template <int rows = kDotRows, int outputs = kDotOutputs>
-TORCH_MLP_INLINE void dot_tile_of(int64_t row_count, int64_t output_count, const LinearForward& self, int64_t row,
-                                  int64_t n) {
-  if (row_count < rows) {
-    if constexpr (rows > 1) {
-      dot_tile_of<rows - 1, outputs>(row_count, output_count, self, row, n);
-    }
-  } else if (output_count < outputs) {
-    if constexpr (outputs > 1) {
-      dot_tile_of<rows, outputs - 1>(row_count, output_count, self, row, n);
-    }
-  } else {
-    dot_tile<rows, outputs>(self, row, n);
-  }
-}
-
-void linear_by_dots(const LinearForward& self, int64_t begin, int64_t end) {
-  const int64_t row_tasks = ceil_div(self.shape.batch, kDotTaskRows);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t first_row = task % row_tasks * kDotTaskRows, first_n = task / row_tasks * kDotTaskOutputs;
-    const int64_t last_row = min(first_row + kDotTaskRows, self.shape.batch);
-    const int64_t last_n = min(first_n + kDotTaskOutputs, self.shape.out_features);
-    for (int64_t n = first_n; n < last_n; n += kDotOutputs) {
-      for (int64_t row = first_row; row < last_row; row += kDotRows) {
-        dot_tile_of(min(last_row - row, kDotRows), min(last_n - n, kDotOutputs), self, row, n);
-      }
-    }
-  }
-}
+// --- linear: the better of the two ---
 
 // With fewer rows, or fewer outputs, the panel costs more than it saves.
 bool by_dots(const LinearShape& shape) { return shape.batch < 16 || shape.out_features <= 16; }
 
 int64_t linear_tasks(const LinearShape& shape) {
-  return by_dots(shape) ? ceil_div(shape.batch, kDotTaskRows) * ceil_div(shape.out_features, kDotTaskOutputs)
-                        : ceil_div(shape.batch, kTileCols) * ceil_div(shape.out_features, kLanes);
+  if (by_dots(shape)) {
+    return dot_tasks(shape);
+  }
+  return puts_x_in_panels(shape) ? ceil_div(shape.batch, kTileCols) * ceil_div(shape.out_features, kLanes)
+                                 : ceil_div(shape.out_features, kTileCols) * ceil_div(shape.batch, kLanes);
 }
 
 int64_t linear_scratch(const LinearShape& shape) {
-  return by_dots(shape) ? 0 : panel_floats(shape) + kBlockRows * kTileCols;
+  return by_dots(shape) ? 0 : panel_floats(shape) + kFinishRows * kTileCols;
 }
 
 void linear(const LinearForward& self, int64_t begin, int64_t end, float* scratch) {

@@ -14,7 +14,8 @@ float multiply_adds(int64_t rounds) {
   vec sum[kChains];
   TORCH_MLP_UNROLL
   for (int j = 0; j < kChains; ++j) {
-    sum[j] = broadcast(-float(j));  // equal chains would be computed once, and one of ones, which they tend to, not once
+    sum[j] =
+        broadcast(-float(j));  // equal chains would be computed once, and one of ones, which they tend to, not once
   }
   const vec factor = broadcast(0.999f), term = broadcast(0.001f);
   for (int64_t i = 0; i < rounds; ++i) {
