@@ -48,6 +48,11 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
 
 inline std::vector<int64_t> sizes_of(const Tensor& self) { return {self.sizes().begin(), self.sizes().end()}; }
 
+// The tensor itself where it is contiguous, which torch::stable::contiguous finds out through the dispatcher.
+inline Tensor as_contiguous(const Tensor& self) {
+  return self.is_contiguous() ? self : torch::stable::contiguous(self);
+}
+
 // A view of (rows, cols) elements that begins `offset` elements after the first one of self.
 inline Tensor matrix_view(const Tensor& self, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                           int64_t offset = 0) {
@@ -67,7 +72,7 @@ inline Tensor as_matrix(const Tensor& self) {
   for (int64_t d = 0; d + 1 < self.dim(); ++d) {
     rows *= self.size(d);
   }
-  return matrix_view(torch::stable::contiguous(self), rows, cols, cols, 1);
+  return matrix_view(as_contiguous(self), rows, cols, cols, 1);
 }
 
 inline Tensor transpose(const Tensor& self) {

@@ -45,7 +45,8 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear_act: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    input, weight, bias = _autocast(None, input, weight, bias)
+    if _is_autocasting(input):
+        input, weight, bias = _autocast(None, input, weight, bias)
     return ops.linear_act(input, weight, bias, activation)
 
 
@@ -125,16 +126,20 @@ def cross_entropy(
         )
     if weight is not None and weight.requires_grad:
         raise RuntimeError("cross_entropy: expected weight not to require grad, for the loss has no gradient by it")
-    input, weight = _autocast(torch.float32, input, weight)
-    target = target.long() if target.dtype == torch.uint8 else target
+    if _is_autocasting(input):
+        input, weight = _autocast(torch.float32, input, weight)
+    if target.dtype == torch.uint8:
+        target = target.long()
     return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+
+
+def _is_autocasting(input: Tensor) -> bool:
+    device = input.device.type
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def _autocast(dtype: torch.dtype | None, input: Tensor, *others: Tensor | None) -> list[Any]:
     """The tensors as torch.autocast hands them to an op: float32 and below in dtype, None being autocast's own."""
-    device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return [input, *others]
-    dtype = dtype or torch.get_autocast_dtype(device)
+    dtype = dtype or torch.get_autocast_dtype(input.device.type)
     eligible = (torch.float32, torch.bfloat16, torch.float16)
     return [t if t is None or t.dtype not in eligible else t.to(dtype) for t in (input, *others)]

@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
   kernels();  // the first call may throw, which must not happen inside a parallel region
   check_cross_entropy(op, input, target, weight, label_smoothing);
   const int64_t rows = input.size(0), classes = input.size(1);
-  const Tensor y = torch::stable::contiguous(target);
+  const Tensor y = as_contiguous(target);
   check_labels(op, y.const_data_ptr<int64_t>(), rows, classes, ignore_index);
 
   Tensor loss, lse, total_weight;
@@ -252,8 +252,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
     using scalar_t = decltype(zero);
     using compute = compute_t<scalar_t>;
     const ScalarType compute_dtype = torch::headeronly::CppTypeToScalarType<compute>::value;
-    const Tensor x = torch::stable::contiguous(input);
-    const std::optional<Tensor> w = weight ? std::optional(torch::stable::contiguous(*weight)) : std::nullopt;
+    const Tensor x = as_contiguous(input);
+    const std::optional<Tensor> w = weight ? std::optional(as_contiguous(*weight)) : std::nullopt;
     loss = empty(options.reduction == Reduction::None ? std::vector<int64_t>{rows} : std::vector<int64_t>{},
                  input.scalar_type(), input);
     lse = empty({2, rows}, compute_dtype, input);
@@ -275,7 +275,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
   check_cross_entropy_backward(op, grad_output, input, target, weight, lse, total_weight, options.reduction,
                                label_smoothing);
   const int64_t rows = input.size(0), classes = input.size(1);
-  const Tensor y = torch::stable::contiguous(target);
+  const Tensor y = as_contiguous(target);
   check_labels(op, y.const_data_ptr<int64_t>(), rows, classes, ignore_index);
 
   Tensor grad_input = empty(sizes_of(input), input.scalar_type(), input);
@@ -283,8 +283,8 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
   dispatch_floating(input.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     using compute = compute_t<scalar_t>;
-    const Tensor x = torch::stable::contiguous(input), statistics = torch::stable::contiguous(lse);
-    const std::optional<Tensor> w = weight ? std::optional(torch::stable::contiguous(*weight)) : std::nullopt;
+    const Tensor x = as_contiguous(input), statistics = as_contiguous(lse);
+    const std::optional<Tensor> w = weight ? std::optional(as_contiguous(*weight)) : std::nullopt;
     cross_entropy_backward_rows<scalar_t>(grad_output.const_data_ptr<scalar_t>(),
                                           grad_output.dim() ? grad_output.stride(0) : 0, x.const_data_ptr<scalar_t>(),
                                           y.const_data_ptr<int64_t>(), w ? w->const_data_ptr<scalar_t>() : nullptr,

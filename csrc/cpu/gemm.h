@@ -170,6 +170,21 @@ ConstMatrix pack(ConstMatrix b, int64_t depth, int64_t cols, float* panel) {
   return {panel, width};
 }
 
+// c = a b of a column and a row: nothing but writing, which goes best along whole rows.
+void outer_product(Broadcast a, const float* b, Matrix c, int64_t rows, int64_t cols) {
+  const int64_t whole = whole_vectors(cols);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float element = a.data[i * a.row_stride];
+    float* row = c.data + i * c.stride;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      store(row + j, element * load(b + j));
+    }
+    if (whole < cols) {
+      store_part(row + whole, element * load_part(b + whole, cols - whole), cols - whole);
+    }
+  }
+}
+
 void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
   const bool by_rows = is_split_by_rows(self);
   const int64_t first_row = by_rows ? begin * kTileRows : 0, first_col = by_rows ? 0 : begin * kTileCols;
@@ -182,6 +197,11 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
     const int64_t rows = min(last_row - row, most_rows);
     const Broadcast a = self.a_transposed ? Broadcast{self.a.data + row, 1, self.a.stride}
                                           : Broadcast{self.a.data + row * self.a.stride, self.a.stride, 1};
+    if (self.depth == 1) {
+      outer_product(a, self.b.data + first_col, {self.c.data + row * self.c.stride + first_col, self.c.stride}, rows,
+                    last_col - first_col);
+      continue;
+    }
     for (int64_t p = 0; p < self.depth; p += most_depth) {
       const int64_t depth = min(self.depth - p, most_depth);
       const float* of_b = self.b.data + p * self.b.stride;

@@ -279,8 +279,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& input, const
   check_cross_entropy(op, input, target, weight, label_smoothing);
   const DeviceGuard guard(input.get_device_index());
   const int64_t rows = input.size(0), classes = input.size(1);
-  const Tensor x = torch::stable::contiguous(input), y = torch::stable::contiguous(target);
-  const std::optional<Tensor> w = weight ? std::optional(torch::stable::contiguous(*weight)) : std::nullopt;
+  const Tensor x = as_contiguous(input), y = as_contiguous(target);
+  const std::optional<Tensor> w = weight ? std::optional(as_contiguous(*weight)) : std::nullopt;
 
   Tensor loss, lse, total_weight;
   dispatch_floating(input.scalar_type(), [&](auto zero) {
@@ -326,9 +326,9 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& inpu
   if (grad_input.numel() == 0) {
     return grad_input;
   }
-  const Tensor x = torch::stable::contiguous(input), y = torch::stable::contiguous(target);
-  const Tensor statistics = torch::stable::contiguous(lse);
-  const std::optional<Tensor> w = weight ? std::optional(torch::stable::contiguous(*weight)) : std::nullopt;
+  const Tensor x = as_contiguous(input), y = as_contiguous(target);
+  const Tensor statistics = as_contiguous(lse);
+  const std::optional<Tensor> w = weight ? std::optional(as_contiguous(*weight)) : std::nullopt;
 
   dispatch_floating(input.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);

@@ -216,8 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cuda(const Tensor& grad_o
     dispatch_floating(dtype, [&](auto zero) {
       using scalar_t = decltype(zero);
       constexpr bool is_identity = std::is_same_v<decltype(act), Identity>;
-      const Tensor gy = torch::stable::contiguous(as_matrix(grad_output));
-      const Tensor y = torch::stable::contiguous(as_matrix(output));
+      const Tensor gy = as_contiguous(as_matrix(grad_output));
+      const Tensor y = as_contiguous(as_matrix(output));
       const bool needs_grad_z = needs_grad_input || needs_grad_weight;
       // The identity's gz is gy itself: nothing to write.
       const Tensor gz = is_identity || !needs_grad_z ? gy : empty(sizes_of(gy), dtype, input);

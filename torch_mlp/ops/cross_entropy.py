@@ -176,7 +176,9 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of input."""
         input, target, weight, lse, total_weight = ctx.saved_tensors
-        backward = reference_backward if in_transform() else CrossEntropyBackward.apply
+        # Only where the gradient is to be differentiated again need its computation be recorded.
+        differentiable = CrossEntropyBackward.apply if torch.is_grad_enabled() else backward_op
+        backward = reference_backward if in_transform() else differentiable
         grad_input = backward(grad_output, input, target, weight, lse, total_weight, *ctx.options)
         return grad_input, *(None,) * 5
 

@@ -96,6 +96,8 @@ def fused_backward(
 ) -> tuple[Tensor | None, ...]:
     """The backward op; None for gradients that are not needed."""
     grads = backward_op(grad_output, input, weight, output, activation, *needs_grad)
+    if all(needs_grad):
+        return grads
     return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
 
 
