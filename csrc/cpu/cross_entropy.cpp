@@ -28,7 +28,7 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 18;  // exponentials that pay for waking a thread: 0.1 ms
 constexpr int64_t kMaxSumBlocks = 64;
-constexpr int64_t kRowsAtOnce = 64;  // whose statistics stay in the first-level cache
+constexpr int64_t kRowsAtOnce = 256;  // whose statistics stay in the first-level cache
 
 struct Options {
   Reduction reduction;
@@ -101,22 +101,22 @@ double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compu
   }
 }
 
-// gx_ic = factor_i * exp(x_ic - maximum_i) - offset_i * w_c, and of_target_i = exp(x_iy - maximum_i), of some rows.
+// gx_ic = factor_i * exp(x_ic - maximum_i) - offset_i * w_c - at_target_i * [c = y_i] of some rows.
 template <typename scalar_t>
 void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t rows, int64_t classes,
               const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* factor, const compute_t<scalar_t>* offset,
-              const int64_t* target, compute_t<scalar_t>* of_target) {
+              const int64_t* target, const compute_t<scalar_t>* at_target) {
   using compute = compute_t<scalar_t>;
   if constexpr (has_vector_kernels<scalar_t>) {
     softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), rows, classes, maximum, factor,
-                                         offset, target, of_target);
+                                         offset, target, at_target);
   } else {
     for (int64_t i = 0; i < rows; ++i, x += classes, grad += classes) {
       for (int64_t c = 0; c < classes; ++c) {
         grad[c] = scalar_t(factor[i] * std::exp(compute(x[c]) - maximum[i]) -
-                           (offset ? offset[i] * (weight ? compute(weight[c]) : compute(1)) : compute(0)));
+                           (offset ? offset[i] * (weight ? compute(weight[c]) : compute(1)) : compute(0)) -
+                           (c == target[i] ? at_target[i] : compute(0)));
       }
-      of_target[i] = uint64_t(target[i]) < uint64_t(classes) ? std::exp(compute(x[target[i]]) - maximum[i]) : 0;
     }
   }
 }
@@ -133,12 +133,12 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
   const int64_t blocks = ceil_div(rows, block_rows);
   std::array<double, kMaxSumBlocks> loss_sums{}, weight_sums{};
 
-  const auto rows_between = [&](int64_t begin, int64_t end) {
+  const auto rows_between = [&](int64_t begin, int64_t end, double& loss_sum, double& weight_of_targets) {
     compute* maximum = lse + begin;
     compute* sum = lse + rows + begin;
     statistics(input + begin * classes, end - begin, classes, maximum, sum);
-    compute log_sum[kRowsAtOnce];
-    logarithms(sum, log_sum, end - begin);
+    std::array<compute, kRowsAtOnce> log_sum;
+    logarithms(sum, log_sum.data(), end - begin);
     for (int64_t i = begin; i < end; ++i) {
       const scalar_t* x = input + i * classes;
       double row_loss = 0, row_weight = 0;
@@ -153,15 +153,17 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
       if (options.reduction == Reduction::None) {
         loss[i] = scalar_t(row_loss);
       }
-      loss_sums[i / block_rows] += row_loss;
-      weight_sums[i / block_rows] += row_weight;
+      loss_sum += row_loss;
+      weight_of_targets += row_weight;
     }
   };
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * classes));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * block_rows, rows);
-    for (int64_t i = begin * block_rows; i < last; i += kRowsAtOnce) {
-      rows_between(i, std::min(i + kRowsAtOnce, last));
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t last = std::min((block + 1) * block_rows, rows);
+      for (int64_t i = block * block_rows; i < last; i += kRowsAtOnce) {
+        rows_between(i, std::min(i + kRowsAtOnce, last), loss_sums[block], weight_sums[block]);
+      }
     }
   });
 
@@ -184,29 +186,21 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
                               : options.reduction == Reduction::Sum ? double(*grad_output)
                                                                     : double(*grad_output) / double(total_weight);
   const auto rows_between = [&](int64_t begin, int64_t end) {
-    std::array<compute, kRowsAtOnce> factor, offset, of_target;
-    std::array<double, kRowsAtOnce> scale, row_weight, over_sum;
+    std::array<compute, kRowsAtOnce> factor, offset, at_target;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = i - begin;
-      const bool is_ignored = target[i] == options.ignore_index;
-      scale[k] = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
-      row_weight[k] = (1 - options.label_smoothing) * (weight && !is_ignored ? double(weight[target[i]]) : 1.0);
-      over_sum[k] = 1 / double(lse[rows + i]);
-      factor[k] = compute(scale[k] * (row_weight[k] + smoothing * weight_sum) * over_sum[k]);
-      offset[k] = compute(scale[k] * smoothing);
+      const bool has_weight = weight && target[i] != options.ignore_index;
+      const double scale = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
+      const double row_weight = (1 - options.label_smoothing) * (has_weight ? double(weight[target[i]]) : 1.0);
+      factor[k] = compute(scale * (row_weight + smoothing * weight_sum)) / lse[rows + i];
+      offset[k] = compute(scale * smoothing);
+      at_target[k] = compute(scale * row_weight);
     }
     gradient(input + begin * classes, weight, grad_input + begin * classes, end - begin, classes, lse + begin,
-             factor.data(), smoothing == 0 ? nullptr : offset.data(), target + begin, of_target.data());
+             factor.data(), smoothing == 0 ? nullptr : offset.data(), target + begin, at_target.data());
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = i - begin;
-      scalar_t* grad = grad_input + i * classes;
       if (target[i] == options.ignore_index) {
-        std::fill(grad, grad + classes, scalar_t(0));
-      } else {
-        // The target's own: here digits cancel as p nears 1, and one class alone must get exactly 0.
-        const double p = over_sum[k] * double(of_target[k]);
-        const double target_weight = weight ? double(weight[target[i]]) : 1.0;
-        grad[target[i]] = scalar_t(scale[k] * (row_weight[k] * (p - 1) + smoothing * (weight_sum * p - target_weight)));
+        std::fill_n(grad_input + i * classes, classes, scalar_t(0));
       }
     }
   };

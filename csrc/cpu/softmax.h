@@ -117,48 +117,103 @@ double deficit(const T* x, const T* weight, int64_t classes, float maximum) {
   return total;
 }
 
-// Gives exp(x - maximum) of the vector.
 template <bool has_offset, bool is_whole, typename T>
-TORCH_MLP_INLINE vec gradient_of_vector(const T* x, const T* weight, T* grad, int64_t count, float maximum,
-                                        float factor, float offset) {
-  const vec of_x = exp_below_overflow(load_some<is_whole>(x, count) - maximum);
-  vec value = factor * of_x;
-  if constexpr (has_offset) {
-    value -= offset * (weight ? load_some<is_whole>(weight, count) : broadcast(1.0f));
-  }
-  store_some<is_whole>(grad, value, count);
-  return of_x;
+TORCH_MLP_INLINE vec gradient_of_vector(const T* x, const T* weight, int64_t count, float maximum, float factor,
+                                        float offset) {
+  const vec value = factor * exp_below_overflow(load_some<is_whole>(x, count) - maximum);
+  return has_offset ? value - offset * (weight ? load_some<is_whole>(weight, count) : broadcast(1.0f)) : value;
 }
 
 template <bool has_offset, typename T>
-TORCH_MLP_INLINE float gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum,
-                                       float factor, float offset, int64_t target) {
+TORCH_MLP_INLINE void gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum,
+                                      float factor, float offset, int64_t target, float at_target) {
+  const auto of_part = [&](int64_t c) {
+    return gradient_of_vector<has_offset, false>(x + c, weight ? weight + c : weight, min(classes - c, kLanes), maximum,
+                                                 factor, offset);
+  };
   const int64_t whole = whole_vectors(classes);
-  vec last{};
   for (int64_t c = 0; c < whole; c += kLanes) {
-    last = gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, grad + c, kLanes, maximum, factor,
-                                                offset);
+    store(grad + c,
+          gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, kLanes, maximum, factor, offset));
   }
   if (whole < classes) {
-    last = gradient_of_vector<has_offset, false>(x + whole, weight ? weight + whole : weight, grad + whole,
-                                                 classes - whole, maximum, factor, offset);
+    store_part(grad + whole, of_part(whole), classes - whole);
   }
-  if (classes <= kLanes) {
-    float of_x[kLanes];
-    store(of_x, last);
-    return of_x[target];
+  if (uint64_t(target) < uint64_t(classes)) {
+    const int64_t c = whole_vectors(target);
+    vec value = of_part(c);
+    value[target - c] -= at_target;
+    store_part(grad + c, value, min(classes - c, kLanes));
   }
-  return exp_below_overflow(load_part(x + target, 1) - maximum)[0];
+}
+
+// To which row and class the elements of a vector belong.
+struct Place {
+  vec_int row, of_class;
+};
+
+void place(Place* places, int64_t classes) {
+  for (int64_t at = 0, row = 0, c = 0; at < classes * kLanes; ++at) {
+    places[at / kLanes].row[at % kLanes] = int32_t(row);
+    places[at / kLanes].of_class[at % kLanes] = int32_t(c);
+    if (++c == classes) {
+      c = 0;
+      ++row;
+    }
+  }
+}
+
+// kLanes rows (or count of them, the last rows) of at most kLanes classes: vectors of adjacent elements, whatever rows
+// they belong to, for which the values of each row are brought to its lanes.
+template <bool has_offset, typename T>
+TORCH_MLP_INLINE void gradient_of_rows(const T* x, const T* weight, T* grad, int64_t count, int64_t classes,
+                                       const Place* places, const float* maximum, const float* factor,
+                                       const float* offset, const int64_t* target, const float* at_target) {
+  const auto of_rows = [&](const float* values) { return load_part(values, count); };
+  const vec of_maximum = of_rows(maximum), of_factor = of_rows(factor), of_at_target = of_rows(at_target);
+  const vec of_offset = has_offset ? of_rows(offset) : vec{};
+  const vec of_weight = has_offset && weight ? load_part(weight, classes) : broadcast(1.0f);
+  vec_int of_target{};
+  for (int64_t i = 0; i < count; ++i) {
+    of_target[i] = int32_t(target[i]);
+  }
+  for (int64_t at = 0; at < count * classes; at += kLanes) {
+    const auto [row, of_class] = places[at / kLanes];
+    const int64_t left = min(count * classes - at, kLanes);
+    const vec of_x = left == kLanes ? load(x + at) : load_part(x + at, left);
+    vec value = permute(of_factor, row) * exp_below_overflow(of_x - permute(of_maximum, row));
+    if constexpr (has_offset) {
+      value -= permute(of_offset, row) * permute(of_weight, of_class);
+    }
+    value = of_class == permute(of_target, row) ? value - permute(of_at_target, row) : value;
+    left == kLanes ? store(grad + at, value) : store_part(grad + at, value, left);
+  }
+}
+
+template <bool has_offset, typename T>
+void gradient_of(const T* x, const T* weight, T* grad, int64_t rows, int64_t classes, const float* maximum,
+                 const float* factor, const float* offset, const int64_t* target, const float* at_target) {
+  if (classes <= kMostLaneClasses) {
+    Place places[kLanes];
+    place(places, classes);
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      gradient_of_rows<has_offset>(x + i * classes, weight, grad + i * classes, min(rows - i, kLanes), classes, places,
+                                   maximum + i, factor + i, has_offset ? offset + i : offset, target + i,
+                                   at_target + i);
+    }
+  } else {
+    for (int64_t i = 0; i < rows; ++i) {
+      gradient_of_row<has_offset>(x + i * classes, weight, grad + i * classes, classes, maximum[i], factor[i],
+                                  has_offset ? offset[i] : 0, target[i], at_target[i]);
+    }
+  }
 }
 
 template <typename T>
 void gradient(const T* x, const T* weight, T* grad, int64_t rows, int64_t classes, const float* maximum,
-              const float* factor, const float* offset, const int64_t* target, float* of_target) {
-  for (int64_t i = 0; i < rows; ++i, x += classes, grad += classes) {
-    const int64_t c = uint64_t(target[i]) < uint64_t(classes) ? target[i] : 0;  // 0 for a row that is ignored
-    of_target[i] = offset ? gradient_of_row<true>(x, weight, grad, classes, maximum[i], factor[i], offset[i], c)
-                          : gradient_of_row<false>(x, weight, grad, classes, maximum[i], factor[i], 0, c);
-  }
+              const float* factor, const float* offset, const int64_t* target, const float* at_target) {
+  const auto of = offset ? gradient_of<true, T> : gradient_of<false, T>;
+  of(x, weight, grad, rows, classes, maximum, factor, offset, target, at_target);
 }
 
 void log(const float* x, float* y, int64_t count) {

@@ -153,6 +153,23 @@ TORCH_MLP_INLINE vec sums_of(vec (&values)[kLanes]) {
   }
 }
 
+// Lane l of the result is lane at[l] of value.
+TORCH_MLP_INLINE vec permute(vec value, vec_int at) {
+#if TORCH_MLP_LANES == 16
+  return (vec)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)at, (__m512)value);
+#elif TORCH_MLP_LANES == 8
+  return (vec)_mm256_permutevar8x32_ps((__m256)value, (__m256i)at);
+#else
+  vec result;
+  for (int l = 0; l < kLanes; ++l) {
+    result[l] = value[at[l]];
+  }
+  return result;
+#endif
+}
+
+TORCH_MLP_INLINE vec_int permute(vec_int value, vec_int at) { return (vec_int)permute((vec)value, at); }
+
 using vec_half = float __attribute__((vector_size(2 * kLanes)));
 using vec_double = double __attribute__((vector_size(4 * kLanes)));  // half as many lanes
 
@@ -205,23 +222,23 @@ TORCH_MLP_INLINE float maximum_of(vec value) {
 
 // --- exp and log ---
 
-// exp(x) = 2^n (1 + q), with n the integer nearest to x / log 2 and q = exp(r) - 1 of the rest |r| <= log(2) / 2.
-struct PowerAndRest {
-  vec n, q;
+// exp(x) = 2^n (1 + r + r^2 p), with n the integer nearest to x / log 2 and r the rest, |r| <= log(2) / 2.
+struct ExpParts {
+  vec n, r, p;
 };
 
-TORCH_MLP_INLINE PowerAndRest split_exp(vec x) {
+TORCH_MLP_INLINE ExpParts split_exp(vec x) {
   // Adding 1.5 * 2^23 rounds to an integer. log(2) is subtracted in two parts, of which n times the first is exact
   // (Cody and Waite, Software Manual for the Elementary Functions, 1980, chapter 6).
   constexpr float to_integer = 12582912.0f;
   const vec n = (x * 1.44269504f + to_integer) - to_integer;
   const vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  // q = r + r^2 P(r), P of degree 4 such that the largest error, 3e-9 of exp(r), is the least.
+  // Of degree 4, such that the largest error, 3e-9 of exp(r), is the least.
   vec p = r * 1.38212356e-3f + 8.36866629e-3f;
   p = p * r + 4.16682586e-2f;
   p = p * r + 1.66665211e-1f;
   p = p * r + 4.9999994e-1f;
-  return {n, p * (r * r) + r};
+  return {n, r, p};
 }
 
 TORCH_MLP_INLINE vec power_of_two(vec_int n) { return (vec)((n + 127) << 23); }
@@ -230,12 +247,13 @@ TORCH_MLP_INLINE vec_int to_int(vec n) { return (vec_int)(n + 12582912.0f) - (ve
 
 // exp(x) for x <= 89, and NaN.
 TORCH_MLP_INLINE vec exp_below_overflow(vec x) {
-  const PowerAndRest parts = split_exp(maximum_of(broadcast(-104.0f), x));  // exp(-104) is 0
+  const ExpParts parts = split_exp(maximum_of(broadcast(-104.0f), x));  // exp(-104) is 0
+  const vec exp_r = (parts.p * parts.r + 1.0f) * parts.r + 1.0f;
 #if TORCH_MLP_LANES == 16
-  return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)(1.0f + parts.q), (__m512)parts.n);
+  return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)parts.n);
 #else
   const vec_int n = to_int(parts.n), half = n >> 1;  // 2^n itself may lie outside the range of float
-  return (1.0f + parts.q) * power_of_two(half) * power_of_two(n - half);
+  return exp_r * power_of_two(half) * power_of_two(n - half);
 #endif
 }
 
@@ -278,10 +296,11 @@ TORCH_MLP_INLINE vec tanh(vec z) {
   const vec_int sign = (vec_int)z & INT32_MIN;
   vec x = -2.0f * (vec)((vec_int)z ^ sign);
   x = x < -40.0f ? broadcast(-40.0f) : x;  // there tanh is 1
-  const PowerAndRest parts = split_exp(x);
-  const vec power = power_of_two(to_int(parts.n)), t = power * parts.q + power;
+  const ExpParts parts = split_exp(x);
+  const vec q = parts.p * (parts.r * parts.r) + parts.r;  // exp(r) - 1
+  const vec power = power_of_two(to_int(parts.n)), t = power * q + power;
   const vec_int is_near = x > -1.1f;
-  const vec quotient = (is_near ? -(power * parts.q + (power - 1.0f)) : -2.0f * t) / (1.0f + t);
+  const vec quotient = (is_near ? -(power * q + (power - 1.0f)) : -2.0f * t) / (1.0f + t);
   return (vec)((vec_int)(quotient + (is_near ? vec{} : broadcast(1.0f))) | sign);
 }
 
