@@ -101,7 +101,7 @@ double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compu
   }
 }
 
-// gx_ic = factor_i * exp(x_ic - maximum_i) - offset_i * w_c - at_target_i * [c = y_i] of some rows.
+// gx_ic = factor_i * exp(x_ic - maximum_i) - (c == y_i ? at_target_i : offset_i * w_c) of some rows.
 template <typename scalar_t>
 void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t rows, int64_t classes,
               const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* factor, const compute_t<scalar_t>* offset,
@@ -113,9 +113,9 @@ void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t
   } else {
     for (int64_t i = 0; i < rows; ++i, x += classes, grad += classes) {
       for (int64_t c = 0; c < classes; ++c) {
-        grad[c] = scalar_t(factor[i] * std::exp(compute(x[c]) - maximum[i]) -
-                           (offset ? offset[i] * (weight ? compute(weight[c]) : compute(1)) : compute(0)) -
-                           (c == target[i] ? at_target[i] : compute(0)));
+        const compute elsewhere = offset ? offset[i] * (weight ? compute(weight[c]) : compute(1)) : compute(0);
+        grad[c] =
+            scalar_t(factor[i] * std::exp(compute(x[c]) - maximum[i]) - (c == target[i] ? at_target[i] : elsewhere));
       }
     }
   }
@@ -133,12 +133,14 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
   const int64_t blocks = ceil_div(rows, block_rows);
   std::array<double, kMaxSumBlocks> loss_sums{}, weight_sums{};
 
-  const auto rows_between = [&](int64_t begin, int64_t end, double& loss_sum, double& weight_of_targets) {
+  // Gives the sums of the losses and of the weights of the targets.
+  const auto rows_between = [&](int64_t begin, int64_t end) {
     compute* maximum = lse + begin;
     compute* sum = lse + rows + begin;
     statistics(input + begin * classes, end - begin, classes, maximum, sum);
     std::array<compute, kRowsAtOnce> log_sum;
     logarithms(sum, log_sum.data(), end - begin);
+    double loss_sum = 0, sum_of_weights = 0;
     for (int64_t i = begin; i < end; ++i) {
       const scalar_t* x = input + i * classes;
       double row_loss = 0, row_weight = 0;
@@ -154,15 +156,18 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
         loss[i] = scalar_t(row_loss);
       }
       loss_sum += row_loss;
-      weight_of_targets += row_weight;
+      sum_of_weights += row_weight;
     }
+    return std::pair{loss_sum, sum_of_weights};
   };
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * classes));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t last = std::min((block + 1) * block_rows, rows);
       for (int64_t i = block * block_rows; i < last; i += kRowsAtOnce) {
-        rows_between(i, std::min(i + kRowsAtOnce, last), loss_sums[block], weight_sums[block]);
+        const auto [loss_sum, sum_of_weights] = rows_between(i, std::min(i + kRowsAtOnce, last));
+        loss_sums[block] += loss_sum;
+        weight_sums[block] += sum_of_weights;
       }
     }
   });
@@ -191,10 +196,12 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
       const int64_t k = i - begin;
       const bool has_weight = weight && target[i] != options.ignore_index;
       const double scale = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
-      const double row_weight = (1 - options.label_smoothing) * (has_weight ? double(weight[target[i]]) : 1.0);
+      const double target_weight = has_weight ? double(weight[target[i]]) : 1.0;
+      const double row_weight = (1 - options.label_smoothing) * target_weight;
       factor[k] = compute(scale * (row_weight + smoothing * weight_sum)) / lse[rows + i];
       offset[k] = compute(scale * smoothing);
-      at_target[k] = compute(scale * row_weight);
+      // The sum of both: one class alone must get exactly 0.
+      at_target[k] = compute(scale * (row_weight + smoothing * target_weight));
     }
     gradient(input + begin * classes, weight, grad_input + begin * classes, end - begin, classes, lse + begin,
              factor.data(), smoothing == 0 ? nullptr : offset.data(), target + begin, at_target.data());
@@ -214,7 +221,7 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
 
 // Memory of this size comes fresh from the system each time, page by page. Asked for larger pages, it comes in a third
 // of the time; a system that has none ignores the wish.
-constexpr size_t kFreshBytes = 32 << 20;
+constexpr size_t kFreshBytes = 2 << 20;
 
 void prefer_large_pages(const Tensor& fresh) {
 #ifdef MADV_HUGEPAGE

@@ -64,8 +64,8 @@ struct SoftmaxKernels {
   void (*statistics)(const T* x, int64_t rows, int64_t classes, float* maximum, float* sum);
   // sum_c weight[c] * (maximum - x[c]), weight being 1 where it is null
   double (*deficit)(const T* x, const T* weight, int64_t classes, float maximum);
-  // grad[i, c] = factor[i] * exp(x[i, c] - maximum[i]) - offset[i] * weight[c] - at_target[i] * [c = target[i]], offset
-  // being 0 and weight 1 where they are null
+  // grad[i, c] = factor[i] * exp(x[i, c] - maximum[i]) - (c == target[i] ? at_target[i] : offset[i] * weight[c]),
+  // offset being 0 and weight 1 where they are null
   void (*gradient)(const T* x, const T* weight, T* grad, int64_t rows, int64_t classes, const float* maximum,
                    const float* factor, const float* offset, const int64_t* target, const float* at_target);
 };

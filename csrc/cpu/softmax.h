@@ -127,23 +127,21 @@ TORCH_MLP_INLINE vec gradient_of_vector(const T* x, const T* weight, int64_t cou
 template <bool has_offset, typename T>
 TORCH_MLP_INLINE void gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum,
                                       float factor, float offset, int64_t target, float at_target) {
-  const auto of_part = [&](int64_t c) {
-    return gradient_of_vector<has_offset, false>(x + c, weight ? weight + c : weight, min(classes - c, kLanes), maximum,
-                                                 factor, offset);
-  };
   const int64_t whole = whole_vectors(classes);
   for (int64_t c = 0; c < whole; c += kLanes) {
     store(grad + c,
           gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, kLanes, maximum, factor, offset));
   }
   if (whole < classes) {
-    store_part(grad + whole, of_part(whole), classes - whole);
+    const int64_t left = classes - whole;
+    store_part(grad + whole,
+               gradient_of_vector<has_offset, false>(x + whole, weight ? weight + whole : weight, left, maximum, factor,
+                                                     offset),
+               left);
   }
   if (uint64_t(target) < uint64_t(classes)) {
-    const int64_t c = whole_vectors(target);
-    vec value = of_part(c);
-    value[target - c] -= at_target;
-    store_part(grad + c, value, min(classes - c, kLanes));
+    store_part(grad + target,
+               gradient_of_vector<false, false>(x + target, weight, 1, maximum, factor, offset) - at_target, 1);
   }
 }
 
@@ -181,11 +179,9 @@ TORCH_MLP_INLINE void gradient_of_rows(const T* x, const T* weight, T* grad, int
     const auto [row, of_class] = places[at / kLanes];
     const int64_t left = min(count * classes - at, kLanes);
     const vec of_x = left == kLanes ? load(x + at) : load_part(x + at, left);
-    vec value = permute(of_factor, row) * exp_below_overflow(of_x - permute(of_maximum, row));
-    if constexpr (has_offset) {
-      value -= permute(of_offset, row) * permute(of_weight, of_class);
-    }
-    value = of_class == permute(of_target, row) ? value - permute(of_at_target, row) : value;
+    const vec of_softmax = permute(of_factor, row) * exp_below_overflow(of_x - permute(of_maximum, row));
+    const vec elsewhere = has_offset ? of_softmax - permute(of_offset, row) * permute(of_weight, of_class) : of_softmax;
+    const vec value = of_class == permute(of_target, row) ? of_softmax - permute(of_at_target, row) : elsewhere;
     left == kLanes ? store(grad + at, value) : store_part(grad + at, value, left);
   }
 }
