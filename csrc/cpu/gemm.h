@@ -26,18 +26,22 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 constexpr int kTileCols = kTileVectors * kLanes;
-constexpr int64_t kTileDepth = 256;  // about: a depth is cut into equal parts
+constexpr int64_t kTileDepth = 256;  // about
 // Rows of a narrow tile lie too far apart in b for the processor to fetch them ahead: such panels are copied.
 constexpr bool kPacksAllPanels = kTileCols * sizeof(float) < 256;
-constexpr int64_t kFinishRows = 48;   // between the tiles and the activation
-constexpr int64_t kBlockRows = 252;   // of operand a: a quarter of a megabyte, of a second-level cache of one or two
-constexpr int64_t kMinPackRows = 96;  // that a panel of b has to serve to be worth copying
+constexpr int64_t kFinishRows = 48;  // between the tiles and the activation
+constexpr int64_t kBlockRows =
+    256;  // about, of operand a: a quarter of a megabyte, of a second-level cache of one or two
+constexpr int64_t kMinPackRows = 96;        // that a panel of b has to serve to be worth copying
 constexpr int64_t kMostPanelOutputs = 512;  // for which rows of W may be packed rather than rows of x
 constexpr int64_t kMinFetchRows = 48;       // worth fetching it beforehand
 constexpr int64_t kMinSplitRows = 48;       // worth dividing among threads
 constexpr int64_t kCachedFloats = 1 << 16;  // a quarter of a megabyte
 
-int64_t part_of_depth(int64_t depth) { return ceil_div(depth, max(1, (depth + kTileDepth / 2) / kTileDepth)); }
+// total cut into equal parts of about that size.
+TORCH_MLP_INLINE int64_t equal_part(int64_t total, int64_t size) {
+  return ceil_div(total, max(1, (total + size / 2) / size));
+}
 
 // Operand a of a tile: element (i, p) lies at data[i * row_stride + p * depth_stride].
 struct Broadcast {
@@ -152,7 +156,7 @@ int64_t product_tasks(const Product& self) {
   return is_split_by_rows(self) ? ceil_div(self.rows, kTileRows) : ceil_div(self.cols, kTileCols);
 }
 
-int64_t product_scratch(const Product& self) { return part_of_depth(self.depth) * kTileCols; }
+int64_t product_scratch(const Product& self) { return equal_part(self.depth, kTileDepth) * kTileCols; }
 
 // (depth, cols) of b with the rows filled up with zeros to whole vectors.
 ConstMatrix pack(ConstMatrix b, int64_t depth, int64_t cols, float* panel) {
@@ -192,7 +196,8 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
   const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kTileCols);
   // Where all of b stays in cache, c is written row by row; else a part of a does, beside a panel of b.
   const bool keeps_b = self.depth * (last_col - first_col) <= kCachedFloats;
-  const int64_t most_rows = keeps_b ? kTileRows : kBlockRows, most_depth = part_of_depth(self.depth);
+  const int64_t most_rows = keeps_b ? kTileRows : equal_part(last_row - first_row, kBlockRows),
+                most_depth = equal_part(self.depth, kTileDepth);
   for (int64_t row = first_row; row < last_row; row += most_rows) {
     const int64_t rows = min(last_row - row, most_rows);
     const Broadcast a = self.a_transposed ? Broadcast{self.a.data + row, 1, self.a.stride}
@@ -308,7 +313,7 @@ void linear_by_panels(const LinearForward& self, int64_t begin, int64_t end, flo
   const int64_t first_rows = is_transposed ? shape.batch : shape.out_features;
   const int64_t other_rows = is_transposed ? shape.out_features : shape.batch;
   const int64_t tasks = ceil_div(other_rows, kLanes);  // of one panel
-  const int64_t depth = shape.in_features, most_depth = part_of_depth(depth);
+  const int64_t depth = shape.in_features, most_depth = equal_part(depth, kTileDepth);
   while (begin < end) {
     const int64_t panel = begin / tasks, next = min(end, (panel + 1) * tasks), row = panel * kTileCols;
     const int64_t rows = min(first_rows - row, kTileCols), width = ceil_div(rows, kLanes) * kLanes;
