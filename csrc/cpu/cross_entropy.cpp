@@ -27,7 +27,9 @@ namespace torch_mlp {
 namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 18;  // exponentials that pay for waking a thread: 0.1 ms
+// The blocks of rows whose losses are summed: at most so many, of at least so many logits each.
 constexpr int64_t kMaxSumBlocks = 64;
+constexpr int64_t kMinSumElements = 1 << 12;
 constexpr int64_t kRowsAtOnce = 256;  // whose statistics stay in the first-level cache
 
 struct Options {
@@ -129,7 +131,8 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
                         const Options& options) {
   using compute = compute_t<scalar_t>;
   const double smoothing = options.label_smoothing / double(classes), weight_sum = sum_of(weight, classes);
-  const int64_t block_rows = std::max<int64_t>(1, ceil_div(rows, kMaxSumBlocks));
+  const int64_t block_rows =
+      std::max(ceil_div(rows, kMaxSumBlocks), ceil_div(kMinSumElements, std::max<int64_t>(1, classes)));
   const int64_t blocks = ceil_div(rows, block_rows);
   std::array<double, kMaxSumBlocks> loss_sums{}, weight_sums{};
 
