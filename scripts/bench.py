@@ -3,7 +3,8 @@
 
 Forward + backward through autograd, and the forward pass alone. Beside them run, in the same turns, the processor's own
 peak (multiplications and additions that wait for nothing, or a copy of memory) and an autograd.Function that computes
-nothing: below its time no op can come that is written as one. Every figure is the median over the turns.
+nothing: below its time no op can come that is written as one. Both together give the limit, the ratio of an op whose
+arithmetic, or memory traffic, runs at the peak. Every figure is the median over the turns.
 """
 
 import argparse
@@ -76,8 +77,8 @@ def forward(function: Callable, inputs: list[torch.Tensor]) -> Callable[[], None
 
 
 def multiply_adds() -> int:
-    """Some 0.2 ms of them on every thread; returns their number."""
-    return torch.ops.torch_mlp._cpu_multiply_adds(torch.get_num_threads(), 100_000)
+    """Some milliseconds of them on every thread; returns their number."""
+    return torch.ops.torch_mlp._cpu_multiply_adds(torch.get_num_threads(), 1_000_000)
 
 
 def medians(steps: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, float]:
@@ -170,6 +171,7 @@ class Case:
         """The row, times in microseconds."""
         steps = self.steps(with_compile)
         times = medians(steps, turns, seconds)
+        best_peer = min(times["eager"], times.get("compile", times["eager"]))
         row: dict[str, Any] = {
             "op": self.op,
             "shape": self.label,
@@ -177,7 +179,7 @@ class Case:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "microseconds": {name: 1e6 * value for name, value in times.items() if name != "peak"},
-            "ratio": min(times["eager"], times.get("compile", times["eager"])) / times["ours"],
+            "ratio": best_peer / times["ours"],
             "forward ratio": times["eager forward"] / times["ours forward"],
         }
         if "ours float32" in times:
@@ -186,11 +188,13 @@ class Case:
             peak = multiply_adds() / times["peak"]
             row["gflops"] = 1e-9 * peak
             row["of peak"] = 3 * self.work / times["ours"] / peak
+            row["limit"] = best_peer / (times["nothing"] + 3 * self.work / peak)
             row["forward of peak"] = self.work / times["ours forward"] / peak
             row["eager forward of peak"] = self.work / times["eager forward"] / peak
         elif "peak" in times:
             # A copy reads and writes; ours reads the logits twice and writes the gradient once.
             row["of peak"] = 1.5 * times["peak"] / times["ours"]
+            row["limit"] = best_peer / (times["nothing"] + 1.5 * times["peak"])
         if self.dtype == torch.float32 and self.device == "cpu":
             row["error"] = error_ratio(self.ours, self.eager, self.inputs, self.grad_output)
         return row
@@ -211,7 +215,7 @@ def plan(arguments: argparse.Namespace, dtype: str) -> list[tuple[str, tuple[int
 
 
 HEADER = (
-    f"{'':24s}{'ours':>10s}{'eager':>10s}{'compile':>10s}{'nothing':>9s}{'ratio':>7s}{'of peak':>9s}"
+    f"{'':24s}{'ours':>10s}{'eager':>10s}{'compile':>10s}{'nothing':>9s}{'ratio':>7s}{'limit':>7s}{'of peak':>9s}"
     f"{'forward':>10s}{'eager':>10s}{'ratio':>7s}{'of peak':>9s}{'error':>7s}"
 )
 
@@ -224,9 +228,10 @@ def line(row: dict[str, Any]) -> str:
         return f"{100 * row[name]:8.0f}%" if name in row else f"{'':9s}"
 
     mark = "<" if row["ratio"] < 0.97 else " "
+    limit = f"{row['limit']:6.1f} " if "limit" in row else f"{'':7s}"
     text = (
         f"{row['shape']:24s}{times['ours']:10.1f}{times['eager']:10.1f}{times.get('compile', float('nan')):10.1f}"
-        f"{times['nothing']:9.1f}{row['ratio']:6.2f}{mark}{percent('of peak')}{times['ours forward']:10.1f}"
+        f"{times['nothing']:9.1f}{row['ratio']:6.2f}{mark}{limit}{percent('of peak')}{times['ours forward']:10.1f}"
         f"{times['eager forward']:10.1f}{row['forward ratio']:7.2f}{percent('forward of peak')}"
     )
     text += f"{row['error']:7.2f}" if "error" in row else ""
@@ -238,8 +243,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
     worst = min(rows, key=lambda row: row["ratio"])
     mean = statistics.geometric_mean(row["ratio"] for row in rows)
     losses = sum(row["ratio"] < 0.97 for row in rows)
+    limits = [row["limit"] for row in rows if "limit" in row]
+    of_limit = f" (limit {statistics.geometric_mean(limits):.2f})" if limits else ""
     text = (
-        f"geometric mean {mean:.2f}, worst {worst['ratio']:.2f} at {worst['shape']}, {losses} of {len(rows)} below 0.97"
+        f"geometric mean {mean:.2f}{of_limit}, worst {worst['ratio']:.2f} at {worst['shape']}, {losses} of {len(rows)} below 0.97"
     )
     errors = [row["error"] for row in rows if "error" in row]
     return text + (f", largest error {max(errors):.2f} of eager's" if errors else "")

@@ -1,0 +1,54 @@
+"""scripts/bench.py, run as its users run it, but in seconds."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "bench.py"
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    options = ["--quick", "--no-compile", "--turns=3", "--seconds=0.0005"]
+    files = [f"--json={folder / 'rows.json'}", f"--plot={folder / 'ratios.png'}"]
+    run = subprocess.run([sys.executable, SCRIPT, "all", *options, *files], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, json.loads((folder / "rows.json").read_text()), folder / "ratios.png"
+
+
+def test_every_shape_is_a_line_and_a_row(result):
+    text, written, _ = result
+    rows = written["rows"]
+    assert [row["op"] for row in rows] == ["linear"] * 6 + ["cross_entropy"] * 4
+    for row in rows:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{row['shape']} ")]
+        assert f"{row['microseconds']['ours']:.1f}" in line
+        assert ("<" in line) == (row["ratio"] < 0.97)
+
+
+def test_figures_follow_from_the_times(result):
+    text, written, _ = result
+    rows = written["rows"]
+    for row in rows:
+        times = row["microseconds"]
+        assert math.isclose(row["ratio"], times["eager"] / times["ours"])
+        assert math.isclose(row["forward ratio"], times["eager forward"] / times["ours forward"])
+        assert row["limit"] < times["eager"] / times["nothing"]
+        assert 0 < row["error"] < 1.5
+    batch, ins, outs = 512, 512, 512
+    (row,) = [row for row in rows if row["shape"] == f"{batch} x {ins} -> {outs}"]
+    rate = 1e-9 * 6 * batch * ins * outs / (1e-6 * row["microseconds"]["ours"])
+    assert math.isclose(row["of peak"], rate / row["gflops"])
+    for op in ("linear", "cross_entropy"):
+        mean = statistics.geometric_mean(row["ratio"] for row in rows if row["op"] == op)
+        assert f"geometric mean {mean:.2f} (limit " in text
+
+
+def test_plot_is_a_picture(result):
+    assert result[2].read_bytes().startswith(b"\x89PNG")
