@@ -246,7 +246,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     limits = [row["limit"] for row in rows if "limit" in row]
     of_limit = f" (limit {statistics.geometric_mean(limits):.2f})" if limits else ""
     text = (
-        f"geometric mean {mean:.2f}{of_limit}, worst {worst['ratio']:.2f} at {worst['shape']}, {losses} of {len(rows)} below 0.97"
+        f"geometric mean {mean:.2f}{of_limit}, worst {worst['ratio']:.2f} at {worst['shape']}, "
+        f"{losses} of {len(rows)} below 0.97"
     )
     errors = [row["error"] for row in rows if "error" in row]
     return text + (f", largest error {max(errors):.2f} of eager's" if errors else "")

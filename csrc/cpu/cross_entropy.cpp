@@ -201,7 +201,7 @@ void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
       const double scale = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
       const double target_weight = has_weight ? double(weight[target[i]]) : 1.0;
       const double row_weight = (1 - options.label_smoothing) * target_weight;
-      factor[k] = compute(scale * (row_weight + smoothing * weight_sum)) / lse[rows + i];
+      factor[k] = compute(scale * (row_weight + smoothing * weight_sum) / double(lse[rows + i]));
       offset[k] = compute(scale * smoothing);
       // The sum of both: one class alone must get exactly 0.
       at_target[k] = compute(scale * (row_weight + smoothing * target_weight));
