@@ -37,8 +37,8 @@ def gradients_with_graph(function, tensors, grad_output):
     return torch.autograd.grad(function(*tensors), tensors, grad_output, create_graph=True)
 
 
-# (67, 300): tails of any vector width; (300, 4100): several cache blocks; (5000, 40): several blocks of the bias sum; all
-# of enough elements that the errors do not compare by luck
+# (67, 300): tails of any vector width; (300, 4100): several cache blocks; (5000, 40): several blocks of the bias sum.
+# All have enough elements that the errors do not compare by luck.
 @pytest.mark.parametrize(("batch", "outs"), [(1, 600), (600, 1), (67, 300), (300, 4100), (5000, 40)])
 @activations
 @dtypes
