@@ -5,15 +5,17 @@
 //
 //   product   grad_input = gz W             b = W, as it lies in memory
 //   product   grad_weight = gz^T x          b = x, as it lies in memory, and a = gz down its columns
-//   linear    y^T = W x^T                   b = x^T: a panel of kTileCols rows of x is transposed once, and used by all
-//                                           rows of W; each block of y^T gets bias and activation, and is transposed
-//                                           back, while it is in the first-level cache
+//   linear    y^T = W x^T                   b = x^T: a panel of kTileCols rows of x, transposed, for all rows of W;
+//   each
+//                                           block of y^T gets bias and activation, and is transposed back, while it is
+//                                           in the first-level cache
+//             y = x W^T                     b = W^T, where W has fewer rows than x: the same without transposing back
 //
-// So the weight, the larger operand for the batches that come here, is never packed. linear also has a tile of dot
-// products along in_features, which needs no transposed panel: for a few rows of x, or a few outputs.
+// A panel of b that serves many rows of a is copied first, so that it lies in one piece. A few rows of x, or a few
+// outputs, go by dot products along in_features instead (dots.h).
 //
-// The tiles' sums over a long depth are cut at kTileDepth, for cache and for accuracy. Every element is summed in the
-// same order whichever thread computes it. For level.h.
+// The tiles' sums over a long depth are cut at about kTileDepth, for cache and for accuracy. Every element is summed in
+// the same order whichever thread computes it. For level.h.
 #pragma once
 
 #include "dots.h"
@@ -29,14 +31,14 @@ constexpr int kTileCols = kTileVectors * kLanes;
 constexpr int64_t kTileDepth = 256;  // about
 // Rows of a narrow tile lie too far apart in b for the processor to fetch them ahead: such panels are copied.
 constexpr bool kPacksAllPanels = kTileCols * sizeof(float) < 256;
-constexpr int64_t kFinishRows = 48;  // between the tiles and the activation
-constexpr int64_t kBlockRows =
-    256;  // about, of operand a: a quarter of a megabyte, of a second-level cache of one or two
-constexpr int64_t kMinPackRows = 96;        // that a panel of b has to serve to be worth copying
-constexpr int64_t kMostPanelOutputs = 512;  // for which rows of W may be packed rather than rows of x
-constexpr int64_t kMinFetchRows = 48;       // worth fetching it beforehand
+// In rows, measured on AMD Zen 4:
+constexpr int64_t kFinishRows = 48;         // between the tiles and the activation
+constexpr int64_t kBlockRows = 256;         // about, of a, beside a panel of b in the second-level cache
+constexpr int64_t kMinPackRows = 96;        // of a, which a panel of b has to serve to be worth copying
+constexpr int64_t kMinFetchRows = 48;       // of a, during which the next panel is worth fetching
 constexpr int64_t kMinSplitRows = 48;       // worth dividing among threads
-constexpr int64_t kCachedFloats = 1 << 16;  // a quarter of a megabyte
+constexpr int64_t kMostPanelOutputs = 512;  // of W, which may be packed rather than those of x
+constexpr int64_t kCachedFloats = 1 << 16;  // of b, which stay in cache: a quarter of a megabyte
 
 // total cut into equal parts of about that size.
 TORCH_MLP_INLINE int64_t equal_part(int64_t total, int64_t size) {
@@ -194,17 +196,18 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
   const int64_t first_row = by_rows ? begin * kTileRows : 0, first_col = by_rows ? 0 : begin * kTileCols;
   const int64_t last_row = by_rows ? min(self.rows, end * kTileRows) : self.rows;
   const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kTileCols);
-  // Where all of b stays in cache, c is written row by row; else a part of a does, beside a panel of b.
-  const bool keeps_b = self.depth * (last_col - first_col) <= kCachedFloats;
-  const int64_t most_rows = keeps_b ? kTileRows : equal_part(last_row - first_row, kBlockRows),
-                most_depth = equal_part(self.depth, kTileDepth);
+  // Where all of b stays in cache as it is, c is written row by row; else a part of a does, beside a panel of b.
+  const int64_t b_cols = last_col - first_col;
+  const bool keeps_b = !kPacksAllPanels && b_cols % kLanes == 0 && self.depth * b_cols <= kCachedFloats;
+  const int64_t most_rows = keeps_b ? kTileRows : equal_part(last_row - first_row, kBlockRows);
+  const int64_t most_depth = equal_part(self.depth, kTileDepth);
   for (int64_t row = first_row; row < last_row; row += most_rows) {
     const int64_t rows = min(last_row - row, most_rows);
     const Broadcast a = self.a_transposed ? Broadcast{self.a.data + row, 1, self.a.stride}
                                           : Broadcast{self.a.data + row * self.a.stride, self.a.stride, 1};
     if (self.depth == 1) {
       outer_product(a, self.b.data + first_col, {self.c.data + row * self.c.stride + first_col, self.c.stride}, rows,
-                    last_col - first_col);
+                    b_cols);
       continue;
     }
     for (int64_t p = 0; p < self.depth; p += most_depth) {

@@ -54,13 +54,19 @@ const Kernels& kernels() {
   return chosen;
 }
 
-bool library_is_tuned_for_processor() {
+Products faster_products() {
+  static const Products faster = [] {
+    if (forced_level()) {
+      return Products::Kernels;
+    }
 #if defined(__x86_64__)
-  static const bool is_tuned = __builtin_cpu_is("intel") && !forced_level();
-  return is_tuned;
-#else
-  return false;
+    if (&kernels() != &level_default::kernels) {
+      return __builtin_cpu_is("intel") ? Products::KernelsIfSmall : Products::Kernels;
+    }
 #endif
+    return Products::Library;
+  }();
+  return faster;
 }
 
 }  // namespace torch_mlp

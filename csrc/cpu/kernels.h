@@ -110,8 +110,13 @@ extern const Kernels kernels;
 // first call.
 const Kernels& kernels();
 
-// Whether torch's library has matrix products of its own for this processor: MKL for Intel's. False where a level is
-// forced, so that the kernels can be tested and measured on any processor.
-bool library_is_tuned_for_processor();
+// Whose matrix products are the faster ones on this processor, as far as it was measured: see linear_act.cpp.
+enum class Products {
+  Kernels,         // AVX2 and AVX-512, but for Intel; and wherever a level is forced, to test and measure it
+  KernelsIfSmall,  // Intel's: MKL is tuned for them
+  Library,         // the level "default": torch's library has kernels of its own for most processors
+};
+
+Products faster_products();
 
 }  // namespace torch_mlp

@@ -129,10 +129,11 @@ struct KernelsWin {
 // MKL runs at 85 to 90 % of the peak on Intel's processors, and at 65 to 85 % elsewhere.
 KernelsWin kernels_win(const LinearShape& shape) {
   constexpr int64_t most_features = 4096;  // bounds the panel, 64 rows of that many
-  if (std::max(shape.in_features, shape.out_features) > most_features) {
+  const Products faster = faster_products();
+  if (faster == Products::Library || std::max(shape.in_features, shape.out_features) > most_features) {
     return {false, false, false};
   }
-  if (!library_is_tuned_for_processor()) {
+  if (faster == Products::Kernels) {
     return {true, true, true};
   }
   const bool has_few_outputs = shape.out_features <= 16;
