@@ -4,7 +4,7 @@
 Forward + backward through autograd, and the forward pass alone. Beside them run, in the same turns, the processor's own
 peak (multiplications and additions that wait for nothing, or a copy of memory) and an autograd.Function that computes
 nothing: below its time no op can come that is written as one. Both together give the limit, the ratio of an op whose
-arithmetic, or memory traffic, runs at the peak. Every figure is the median over the turns.
+products, or memory traffic, run at the peak. Every figure is the median over the turns.
 """
 
 import argparse
@@ -188,7 +188,8 @@ class Case:
             peak = multiply_adds() / times["peak"]
             row["gflops"] = 1e-9 * peak
             row["of peak"] = 3 * self.work / times["ours"] / peak
-            row["limit"] = best_peer / (times["nothing"] + 3 * self.work / peak)
+            if self.dtype == torch.float32:  # the peak of bfloat16 is another, where there is one
+                row["limit"] = best_peer / (times["nothing"] + 3 * self.work / peak)
             row["forward of peak"] = self.work / times["ours forward"] / peak
             row["eager forward of peak"] = self.work / times["eager forward"] / peak
         elif "peak" in times:

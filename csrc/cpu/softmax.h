@@ -53,11 +53,10 @@ TORCH_MLP_INLINE void statistics_of_row(const T* x, int64_t classes, float& maxi
   for (; c < whole; c += kLanes) {
     most[0] = maximum_of(load(x + c), most[0]);
   }
-  maximum = maximum_of(maximum_of(maximum_of(most[0], most[1]), maximum_of(most[2], most[3])));
-  for (; c < classes; ++c) {
-    const float value = load_part(x + c, 1)[0];
-    maximum = value > maximum ? value : maximum;
+  if (c < classes) {
+    most[1] = maximum_of(first_lanes(load_part(x + c, classes - c), classes - c, most[1]), most[1]);
   }
+  maximum = maximum_of(maximum_of(maximum_of(most[0], most[1]), maximum_of(most[2], most[3])));
 
   vec total[vectors] = {};
   for (c = 0; c < unrolled; c += vectors * kLanes) {
@@ -70,11 +69,7 @@ TORCH_MLP_INLINE void statistics_of_row(const T* x, int64_t classes, float& maxi
     total[0] += exp_below_overflow(load(x + c) - maximum);
   }
   if (c < classes) {
-    vec last = exp_below_overflow(load_part(x + c, classes - c) - maximum);
-    for (int64_t l = classes - c; l < kLanes; ++l) {
-      last[l] = 0;
-    }
-    total[1] += last;
+    total[1] += first_lanes(exp_below_overflow(load_part(x + c, classes - c) - maximum), classes - c, vec{});
   }
   DoubleSum of_lanes;
   TORCH_MLP_UNROLL

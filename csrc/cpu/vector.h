@@ -197,11 +197,17 @@ struct DoubleSum {
   }
 
   TORCH_MLP_INLINE double total() const {
-    double total = 0;
-    for (int l = 0; l < kLanes / 2; ++l) {
-      total += low[l] + high[l];
+    double sums[kLanes / 2];
+    const vec_double both = low + high;
+    memcpy(sums, &both, sizeof(both));
+    TORCH_MLP_UNROLL
+    for (int half = kLanes / 4; half > 0; half /= 2) {  // in pairs: the additions of a chain would wait for each other
+      TORCH_MLP_UNROLL
+      for (int l = 0; l < half; ++l) {
+        sums[l] += sums[l + half];
+      }
     }
-    return total;
+    return sums[0];
   }
 
   TORCH_MLP_INLINE void add_to(double* sums, int64_t count) const {
@@ -224,12 +230,26 @@ TORCH_MLP_INLINE vec maximum_of(vec a, vec b) {
 }
 
 TORCH_MLP_INLINE float maximum_of(vec value) {
-  float maximum = value[0];
+  float most[kLanes];
+  store(most, value);
   TORCH_MLP_UNROLL
-  for (int l = 1; l < kLanes; ++l) {
-    maximum = value[l] > maximum ? value[l] : maximum;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    TORCH_MLP_UNROLL
+    for (int l = 0; l < half; ++l) {
+      most[l] = most[l + half] > most[l] ? most[l + half] : most[l];
+    }
   }
-  return maximum;
+  return most[0];
+}
+
+// The first count lanes of value, and other's after them.
+TORCH_MLP_INLINE vec first_lanes(vec value, int64_t count, vec other) {
+  vec_int lane;
+  TORCH_MLP_UNROLL
+  for (int l = 0; l < kLanes; ++l) {
+    lane[l] = l;
+  }
+  return lane < int32_t(count) ? value : other;
 }
 
 // --- exp and log ---
