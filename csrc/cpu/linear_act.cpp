@@ -7,10 +7,10 @@
 // dimensions are folded into the batch.
 // Fused: bias and activation follow the product on a block that is still in cache; gz and gb come from one sweep over
 // gy and y.
-// Whose product: for float32 and the batches of SGD the vector kernels' (gemm.h), else the library's; kernels_win says
-// where. Threads: by parts of the result, so that every element is summed in the same order whichever thread does it;
-// gb is summed in blocks of rows whose number depends on the shape alone. So the bits do not depend on the number of
-// threads, but for what the library computes.
+// Whose product: for float32 mostly the vector kernels' (gemm.h), else the library's; kernels_win says where.
+// Threads: by parts of the result, so that every element is summed in the same order whichever thread does it; gb is
+// summed in blocks of rows whose number depends on the shape alone. So the bits do not depend on the number of threads,
+// but for what the library computes.
 #include <algorithm>
 
 #include "../activation.h"
