@@ -11,8 +11,9 @@
 //                                           in the first-level cache
 //             y = x W^T                     b = W^T, where W has fewer rows than x: the same without transposing back
 //
-// A panel of b that serves many rows of a is copied first, so that it lies in one piece. A few rows of x, or a few
-// outputs, go by dot products along in_features instead (dots.h).
+// While the tiles of one panel of b are computed, the next is fetched: then it need not be packed, but for panels that
+// are narrow or end within a vector. A few rows of x, or a few outputs, go by dot products along in_features instead
+// (dots.h).
 //
 // The tiles' sums over a long depth are cut at about kTileDepth, for cache and for accuracy. Every element is summed in
 // the same order whichever thread computes it. For level.h.
@@ -29,12 +30,11 @@ constexpr int kTileRows = 6;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 constexpr int kTileCols = kTileVectors * kLanes;
 constexpr int64_t kTileDepth = 256;  // about
-// Rows of a narrow tile lie too far apart in b for the processor to fetch them ahead: such panels are copied.
+// A row of a narrow panel is one line of the cache, or half of one, far from the next: such panels are copied.
 constexpr bool kPacksAllPanels = kTileCols * sizeof(float) < 256;
 // In rows, measured on AMD Zen 4:
 constexpr int64_t kFinishRows = 48;         // between the tiles and the activation
 constexpr int64_t kBlockRows = 256;         // about, of a, beside a panel of b in the second-level cache
-constexpr int64_t kMinPackRows = 96;        // of a, which a panel of b has to serve to be worth copying
 constexpr int64_t kMinFetchRows = 48;       // of a, during which the next panel is worth fetching
 constexpr int64_t kMinSplitRows = 48;       // worth dividing among threads
 constexpr int64_t kMostPanelOutputs = 512;  // of W, which may be packed rather than those of x
@@ -215,7 +215,7 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
       const float* of_b = self.b.data + p * self.b.stride;
       for (int64_t col = first_col; col < last_col; col += kTileCols) {
         const int64_t cols = min(last_col - col, kTileCols), next = col + kTileCols;
-        const bool packs = kPacksAllPanels || cols % kLanes || rows >= kMinPackRows;
+        const bool packs = kPacksAllPanels || cols % kLanes;
         const ConstMatrix b{of_b + col, self.b.stride};
         const bool fetches = !keeps_b && rows >= kMinFetchRows && (next < last_col || p + depth < self.depth);
         const Ahead ahead{{next < last_col ? of_b + next : of_b + depth * self.b.stride + first_col, self.b.stride},
