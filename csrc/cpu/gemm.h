@@ -5,8 +5,7 @@
 //
 //   product   grad_input = gz W             b = W, as it lies in memory
 //   product   grad_weight = gz^T x          b = x, as it lies in memory, and a = gz down its columns
-//   linear    y^T = W x^T                   b = x^T: a panel of kTileCols rows of x, transposed, for all rows of W;
-//   each
+//   linear    y^T = W x^T                   b = x^T: a panel of kTileCols rows of x, transposed, for all rows of W; a
 //                                           block of y^T gets bias and activation, and is transposed back, while it is
 //                                           in the first-level cache
 //             y = x W^T                     b = W^T, where W has fewer rows than x: the same without transposing back
@@ -32,7 +31,7 @@ constexpr int kTileCols = kTileVectors * kLanes;
 constexpr int64_t kTileDepth = 256;  // about
 // A row of a narrow panel is one line of the cache, or half of one, far from the next: such panels are copied.
 constexpr bool kPacksAllPanels = kTileCols * sizeof(float) < 256;
-// In rows, measured on AMD Zen 4:
+// Measured on AMD Zen 4, in rows but for the last:
 constexpr int64_t kFinishRows = 48;         // between the tiles and the activation
 constexpr int64_t kBlockRows = 256;         // about, of a, beside a panel of b in the second-level cache
 constexpr int64_t kMinFetchRows = 48;       // of a, during which the next panel is worth fetching
