@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -38,32 +39,33 @@ struct Options {
   double label_smoothing;
 };
 
-// Labels are checked before anything is written, and outside the parallel region, whose exceptions lose their type.
-void check_labels(const char* op, const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
-  const auto is_valid = [=](int64_t label) { return uint64_t(label) < uint64_t(classes) || label == ignore_index; };
-  const int64_t* wrong = std::find_if_not(target, target + rows, is_valid);
-  if (wrong != target + rows) {
+// The labels are read where they are used, in parallel regions, whose exceptions lose their type: this is called
+// afterwards, and results that would be wrong never leave the op.
+void check_labels(const char* op, bool are_right, const int64_t* target, int64_t rows, int64_t classes,
+                  int64_t ignore_index) {
+  if (!are_right) {
+    const auto is_wrong = [=](int64_t label) { return uint64_t(label) >= uint64_t(classes) && label != ignore_index; };
+    const int64_t* wrong = std::find_if(target, target + rows, is_wrong);
     check<std::out_of_range>(false, op, ": expected target in [0, ", classes, ") or ignore_index ", ignore_index,
                              ", got ", *wrong, " at position ", wrong - target);
   }
 }
 
 template <typename scalar_t>
-double sum_of(const scalar_t* weight, int64_t classes) {
+double sum_of_weights(const scalar_t* weight, int64_t classes) {
   return weight ? std::accumulate(weight, weight + classes, 0.0,
                                   [](double sum, scalar_t value) { return sum + double(value); })
                 : double(classes);
 }
 
-// --- the work on every logit ---
+// --- the work on every logit: as in kernels.h, whose kernels know float and bfloat16; plain loops for the others ---
 
-// maximum[i] and sum[i] = sum_c exp(x[i, c] - maximum[i]) of some rows.
 template <typename scalar_t>
-void statistics(const scalar_t* x, int64_t rows, int64_t classes, compute_t<scalar_t>* maximum,
-                compute_t<scalar_t>* sum) {
+void statistics(const scalar_t* x, const int64_t* label, int64_t rows, int64_t classes, compute_t<scalar_t>* maximum,
+                compute_t<scalar_t>* sum, compute_t<scalar_t>* at_label) {
   using compute = compute_t<scalar_t>;
   if constexpr (has_vector_kernels<scalar_t>) {
-    softmax_kernels<scalar_t>().statistics(bits_of(x), rows, classes, maximum, sum);
+    softmax_kernels<scalar_t>().statistics(bits_of(x), label, rows, classes, maximum, sum, at_label);
   } else {
     for (int64_t i = 0; i < rows; ++i, x += classes) {
       compute most = -std::numeric_limits<compute>::infinity();
@@ -76,20 +78,11 @@ void statistics(const scalar_t* x, int64_t rows, int64_t classes, compute_t<scal
       }
       maximum[i] = most;
       sum[i] = compute(total);
+      at_label[i] = label[i] < 0 ? compute(0) : compute(x[label[i]]);
     }
   }
 }
 
-template <typename compute>
-void logarithms(const compute* x, compute* y, int64_t count) {
-  if constexpr (std::is_same_v<compute, float>) {
-    kernels().log(x, y, count);
-  } else {
-    std::transform(x, x + count, y, [](compute value) { return std::log(value); });
-  }
-}
-
-// sum_c w_c (maximum - x_c)
 template <typename scalar_t>
 double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compute_t<scalar_t> maximum) {
   if constexpr (has_vector_kernels<scalar_t>) {
@@ -103,21 +96,21 @@ double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compu
   }
 }
 
-// gx_ic = factor_i * exp(x_ic - maximum_i) - (c == y_i ? at_target_i : offset_i * w_c) of some rows.
 template <typename scalar_t>
 void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t rows, int64_t classes,
-              const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* factor, const compute_t<scalar_t>* offset,
-              const int64_t* target, const compute_t<scalar_t>* at_target) {
+              const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* sum, const double* numerator,
+              const compute_t<scalar_t>* offset, const int64_t* label, const compute_t<scalar_t>* at_label) {
   using compute = compute_t<scalar_t>;
   if constexpr (has_vector_kernels<scalar_t>) {
-    softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), rows, classes, maximum, factor,
-                                         offset, target, at_target);
+    softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), rows, classes, maximum, sum,
+                                         numerator, offset, label, at_label);
   } else {
     for (int64_t i = 0; i < rows; ++i, x += classes, grad += classes) {
+      const compute factor = compute(numerator[i] / double(sum[i]));
       for (int64_t c = 0; c < classes; ++c) {
         const compute elsewhere = offset ? offset[i] * (weight ? compute(weight[c]) : compute(1)) : compute(0);
-        grad[c] =
-            scalar_t(factor[i] * std::exp(compute(x[c]) - maximum[i]) - (c == target[i] ? at_target[i] : elsewhere));
+        const compute value = factor * std::exp(compute(x[c]) - maximum[i]) - (c == label[i] ? at_label[i] : elsewhere);
+        grad[c] = scalar_t(label[i] < 0 ? compute(0) : value);
       }
     }
   }
@@ -125,101 +118,148 @@ void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t
 
 // --- the work on every row ---
 
+template <typename compute>
+void losses(const compute* maximum, const compute* sum, const compute* at_label, const int64_t* label, int64_t count,
+            compute* log_sum, double* loss) {
+  if constexpr (std::is_same_v<compute, float>) {
+    kernels().losses(maximum, sum, at_label, label, count, log_sum, loss);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      log_sum[i] = std::log(sum[i]);
+      loss[i] = label[i] < 0 ? 0 : double(log_sum[i]) + (double(maximum[i]) - double(at_label[i]));
+    }
+  }
+}
+
+// In four parts, whose additions need not wait for each other.
+double sum_of(const double* values, int64_t count) {
+  double parts[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int64_t part = 0; part < 4; ++part) {
+      parts[part] += values[i + part];
+    }
+  }
+  for (; i < count; ++i) {
+    parts[0] += values[i];
+  }
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// Gives whether all labels are right.
 template <typename scalar_t>
-void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, scalar_t* loss,
+bool cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, scalar_t* loss,
                         compute_t<scalar_t>* lse, compute_t<scalar_t>* total_weight, int64_t rows, int64_t classes,
                         const Options& options) {
   using compute = compute_t<scalar_t>;
-  const double smoothing = options.label_smoothing / double(classes), weight_sum = sum_of(weight, classes);
+  const double confidence = 1 - options.label_smoothing, smoothing = options.label_smoothing / double(classes);
+  const double weight_sum = sum_of_weights(weight, classes);
   const int64_t block_rows =
       std::max(ceil_div(rows, kMaxSumBlocks), ceil_div(kMinSumElements, std::max<int64_t>(1, classes)));
   const int64_t blocks = ceil_div(rows, block_rows);
-  std::array<double, kMaxSumBlocks> loss_sums{}, weight_sums{};
+  struct Sums {
+    double loss, weight;
+    int64_t wrong;
+  };
+  std::array<Sums, kMaxSumBlocks> of_blocks{};
 
-  // Gives the sums of the losses and of the weights of the targets.
   const auto rows_between = [&](int64_t begin, int64_t end) {
-    compute* maximum = lse + begin;
-    compute* sum = lse + rows + begin;
-    statistics(input + begin * classes, end - begin, classes, maximum, sum);
-    std::array<compute, kRowsAtOnce> log_sum;
-    logarithms(sum, log_sum.data(), end - begin);
-    double loss_sum = 0, sum_of_weights = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const scalar_t* x = input + i * classes;
-      double row_loss = 0, row_weight = 0;
-      if (target[i] != options.ignore_index) {
-        const double log_of_sum = log_sum[i - begin];
-        row_weight = weight ? double(weight[target[i]]) : 1.0;
-        row_loss = (1 - options.label_smoothing) * row_weight * (log_of_sum + (double(lse[i]) - double(x[target[i]])));
-        if (options.label_smoothing > 0) {
-          row_loss += smoothing * (weight_sum * log_of_sum + deficit(x, weight, classes, lse[i]));
+    const int64_t count = end - begin;
+    std::array<int64_t, kRowsAtOnce> label;
+    std::array<compute, kRowsAtOnce> at_label, log_sum;
+    std::array<double, kRowsAtOnce> row_loss;
+    const LabelCounts counts = kernels().labels(target + begin, count, classes, options.ignore_index, label.data());
+    statistics(input + begin * classes, label.data(), count, classes, lse + begin, lse + rows + begin, at_label.data());
+    losses(lse + begin, lse + rows + begin, at_label.data(), label.data(), count, log_sum.data(), row_loss.data());
+    double target_weight = double(counts.classes);
+    if (weight || smoothing > 0) {
+      target_weight = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        if (label[k] >= 0) {
+          const double row_weight = weight ? double(weight[label[k]]) : 1.0;
+          row_loss[k] *= confidence * row_weight;
+          if (smoothing > 0) {
+            row_loss[k] += smoothing * (weight_sum * double(log_sum[k]) +
+                                        deficit(input + (begin + k) * classes, weight, classes, lse[begin + k]));
+          }
+          target_weight += row_weight;
         }
       }
-      if (options.reduction == Reduction::None) {
-        loss[i] = scalar_t(row_loss);
-      }
-      loss_sum += row_loss;
-      sum_of_weights += row_weight;
     }
-    return std::pair{loss_sum, sum_of_weights};
+    if (options.reduction == Reduction::None) {
+      std::transform(row_loss.begin(), row_loss.begin() + count, loss + begin,
+                     [](double value) { return scalar_t(value); });
+    }
+    return Sums{sum_of(row_loss.data(), count), target_weight, counts.wrong};
   };
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * classes));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
+      Sums& of_block = of_blocks[block];
       const int64_t last = std::min((block + 1) * block_rows, rows);
       for (int64_t i = block * block_rows; i < last; i += kRowsAtOnce) {
-        const auto [loss_sum, sum_of_weights] = rows_between(i, std::min(i + kRowsAtOnce, last));
-        loss_sums[block] += loss_sum;
-        weight_sums[block] += sum_of_weights;
+        const Sums sums = rows_between(i, std::min(i + kRowsAtOnce, last));
+        of_block = {of_block.loss + sums.loss, of_block.weight + sums.weight, of_block.wrong + sums.wrong};
       }
     }
   });
 
-  const double loss_sum = std::accumulate(loss_sums.begin(), loss_sums.end(), 0.0);
-  const double target_weight = std::accumulate(weight_sums.begin(), weight_sums.end(), 0.0);
-  *total_weight = compute(target_weight);
-  if (options.reduction != Reduction::None) {
-    *loss = scalar_t(options.reduction == Reduction::Mean ? loss_sum / target_weight : loss_sum);
+  Sums total{};
+  for (const Sums& sums : of_blocks) {
+    total = {total.loss + sums.loss, total.weight + sums.weight, total.wrong + sums.wrong};
   }
+  *total_weight = compute(total.weight);
+  if (options.reduction != Reduction::None) {
+    *loss = scalar_t(options.reduction == Reduction::Mean ? total.loss / total.weight : total.loss);
+  }
+  return total.wrong == 0;
 }
 
+// Gives whether all labels are right.
 template <typename scalar_t>
-void cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_stride, const scalar_t* input,
+bool cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_stride, const scalar_t* input,
                                  const int64_t* target, const scalar_t* weight, const compute_t<scalar_t>* lse,
                                  compute_t<scalar_t> total_weight, scalar_t* grad_input, int64_t rows, int64_t classes,
                                  const Options& options) {
   using compute = compute_t<scalar_t>;
-  const double smoothing = options.label_smoothing / double(classes), weight_sum = sum_of(weight, classes);
-  const double scale_of_all = options.reduction == Reduction::None  ? 1.0
+  const double confidence = 1 - options.label_smoothing, smoothing = options.label_smoothing / double(classes);
+  const double weight_sum = sum_of_weights(weight, classes);
+  const bool is_reduced = options.reduction != Reduction::None;
+  const double scale_of_all = !is_reduced                           ? 0
                               : options.reduction == Reduction::Sum ? double(*grad_output)
                                                                     : double(*grad_output) / double(total_weight);
-  const auto rows_between = [&](int64_t begin, int64_t end) {
-    std::array<compute, kRowsAtOnce> factor, offset, at_target;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = i - begin;
-      const bool has_weight = weight && target[i] != options.ignore_index;
-      const double scale = options.reduction == Reduction::None ? double(grad_output[i * grad_stride]) : scale_of_all;
-      const double target_weight = has_weight ? double(weight[target[i]]) : 1.0;
-      const double row_weight = (1 - options.label_smoothing) * target_weight;
-      factor[k] = compute(scale * (row_weight + smoothing * weight_sum) / double(lse[rows + i]));
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, classes));
+  std::atomic<bool> are_right = true;
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+    std::array<int64_t, kRowsAtOnce> label;
+    std::array<double, kRowsAtOnce> numerator;
+    std::array<compute, kRowsAtOnce> offset, at_label;
+    const auto set_row = [&](int64_t k, double scale, double target_weight) {
+      const double row_weight = confidence * target_weight;
+      numerator[k] = scale * (row_weight + smoothing * weight_sum);
       offset[k] = compute(scale * smoothing);
       // The sum of both: one class alone must get exactly 0.
-      at_target[k] = compute(scale * (row_weight + smoothing * target_weight));
+      at_label[k] = compute(scale * (row_weight + smoothing * target_weight));
+    };
+    const bool are_alike = is_reduced && !weight;
+    for (int64_t k = 0; are_alike && k < std::min(kRowsAtOnce, last - first); ++k) {
+      set_row(k, scale_of_all, 1);
     }
-    gradient(input + begin * classes, weight, grad_input + begin * classes, end - begin, classes, lse + begin,
-             factor.data(), smoothing == 0 ? nullptr : offset.data(), target + begin, at_target.data());
-    for (int64_t i = begin; i < end; ++i) {
-      if (target[i] == options.ignore_index) {
-        std::fill_n(grad_input + i * classes, classes, scalar_t(0));
+    for (int64_t begin = first; begin < last; begin += kRowsAtOnce) {
+      const int64_t count = std::min(kRowsAtOnce, last - begin);
+      if (kernels().labels(target + begin, count, classes, options.ignore_index, label.data()).wrong) {
+        are_right = false;
       }
-    }
-  };
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, classes));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kRowsAtOnce) {
-      rows_between(i, std::min(i + kRowsAtOnce, end));
+      for (int64_t k = 0; !are_alike && k < count; ++k) {
+        set_row(k, is_reduced ? scale_of_all : double(grad_output[(begin + k) * grad_stride]),
+                weight && label[k] >= 0 ? double(weight[label[k]]) : 1.0);
+      }
+      gradient(input + begin * classes, weight, grad_input + begin * classes, count, classes, lse + begin,
+               lse + rows + begin, numerator.data(), smoothing == 0 ? nullptr : offset.data(), label.data(),
+               at_label.data());
     }
   });
+  return are_right;
 }
 
 // Memory of this size comes fresh from the system each time, page by page. Asked for larger pages, it comes in a third
@@ -249,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
   check_cross_entropy(op, input, target, weight, label_smoothing);
   const int64_t rows = input.size(0), classes = input.size(1);
   const Tensor y = as_contiguous(target);
-  check_labels(op, y.const_data_ptr<int64_t>(), rows, classes, ignore_index);
+  const int64_t* labels = y.const_data_ptr<int64_t>();
 
   Tensor loss, lse, total_weight;
   dispatch_floating(input.scalar_type(), [&](auto zero) {
@@ -262,10 +302,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const 
                  input.scalar_type(), input);
     lse = empty({2, rows}, compute_dtype, input);
     total_weight = empty({}, compute_dtype, input);
-    cross_entropy_rows<scalar_t>(x.const_data_ptr<scalar_t>(), y.const_data_ptr<int64_t>(),
-                                 w ? w->const_data_ptr<scalar_t>() : nullptr, loss.mutable_data_ptr<scalar_t>(),
-                                 lse.mutable_data_ptr<compute>(), total_weight.mutable_data_ptr<compute>(), rows,
-                                 classes, options);
+    const bool are_right =
+        cross_entropy_rows<scalar_t>(x.const_data_ptr<scalar_t>(), labels, w ? w->const_data_ptr<scalar_t>() : nullptr,
+                                     loss.mutable_data_ptr<scalar_t>(), lse.mutable_data_ptr<compute>(),
+                                     total_weight.mutable_data_ptr<compute>(), rows, classes, options);
+    check_labels(op, are_right, labels, rows, classes, ignore_index);
   });
   return {loss, lse, total_weight};
 }
@@ -280,7 +321,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
                                label_smoothing);
   const int64_t rows = input.size(0), classes = input.size(1);
   const Tensor y = as_contiguous(target);
-  check_labels(op, y.const_data_ptr<int64_t>(), rows, classes, ignore_index);
+  const int64_t* labels = y.const_data_ptr<int64_t>();
 
   Tensor grad_input = empty(sizes_of(input), input.scalar_type(), input);
   prefer_large_pages(grad_input);
@@ -289,11 +330,12 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
     using compute = compute_t<scalar_t>;
     const Tensor x = as_contiguous(input), statistics = as_contiguous(lse);
     const std::optional<Tensor> w = weight ? std::optional(as_contiguous(*weight)) : std::nullopt;
-    cross_entropy_backward_rows<scalar_t>(grad_output.const_data_ptr<scalar_t>(),
-                                          grad_output.dim() ? grad_output.stride(0) : 0, x.const_data_ptr<scalar_t>(),
-                                          y.const_data_ptr<int64_t>(), w ? w->const_data_ptr<scalar_t>() : nullptr,
-                                          statistics.const_data_ptr<compute>(), *total_weight.const_data_ptr<compute>(),
-                                          grad_input.mutable_data_ptr<scalar_t>(), rows, classes, options);
+    const bool are_right = cross_entropy_backward_rows<scalar_t>(
+        grad_output.const_data_ptr<scalar_t>(), grad_output.dim() ? grad_output.stride(0) : 0,
+        x.const_data_ptr<scalar_t>(), labels, w ? w->const_data_ptr<scalar_t>() : nullptr,
+        statistics.const_data_ptr<compute>(), *total_weight.const_data_ptr<compute>(),
+        grad_input.mutable_data_ptr<scalar_t>(), rows, classes, options);
+    check_labels(op, are_right, labels, rows, classes, ignore_index);
   });
   return grad_input;
 }

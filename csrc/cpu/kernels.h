@@ -59,16 +59,25 @@ struct ElementwiseKernels {
                               int64_t rows, int64_t cols);
 };
 
+// How many of some labels are classes, and how many are wrong: neither that nor ignore_index.
+struct LabelCounts {
+  int64_t classes, wrong;
+};
+
+// x is a contiguous matrix (rows, classes), label[i] a class or -1 for a row that does not count.
 template <typename T>
 struct SoftmaxKernels {
-  // maximum[i] = max_c x[i, c], sum[i] = sum_c exp(x[i, c] - maximum[i]) of a contiguous matrix (rows, classes)
-  void (*statistics)(const T* x, int64_t rows, int64_t classes, float* maximum, float* sum);
+  // maximum[i] = max_c x[i, c], sum[i] = sum_c exp(x[i, c] - maximum[i]), at_label[i] = x[i, label[i]]
+  void (*statistics)(const T* x, const int64_t* label, int64_t rows, int64_t classes, float* maximum, float* sum,
+                     float* at_label);
   // sum_c weight[c] * (maximum - x[c]), weight being 1 where it is null
   double (*deficit)(const T* x, const T* weight, int64_t classes, float maximum);
-  // grad[i, c] = factor[i] * exp(x[i, c] - maximum[i]) - (c == target[i] ? at_target[i] : offset[i] * weight[c]),
+  // grad[i, c] = numerator[i] / sum[i] * exp(x[i, c] - maximum[i])
+  //              - (c == label[i] ? at_label[i] : offset[i] * weight[c]),
   // offset being 0 and weight 1 where they are null
   void (*gradient)(const T* x, const T* weight, T* grad, int64_t rows, int64_t classes, const float* maximum,
-                   const float* factor, const float* offset, const int64_t* target, const float* at_target);
+                   const float* sum, const double* numerator, const float* offset, const int64_t* label,
+                   const float* at_label);
 };
 
 struct Kernels {
@@ -87,8 +96,11 @@ struct Kernels {
   ElementwiseKernels<bfloat16_bits> elementwise_bfloat16;
   SoftmaxKernels<float> softmax_float;
   SoftmaxKernels<bfloat16_bits> softmax_bfloat16;
-  // y = log(x) for x >= 1 and NaN
-  void (*log)(const float* x, float* y, int64_t count);
+  // label[i] = target[i] where that is a class, else -1
+  LabelCounts (*labels)(const int64_t* target, int64_t count, int64_t classes, int64_t ignore_index, int64_t* label);
+  // log_sum[i] = log(sum[i]), loss[i] = log_sum[i] + (maximum[i] - at_label[i]), or 0 where label[i] is -1
+  void (*losses)(const float* maximum, const float* sum, const float* at_label, const int64_t* label, int64_t count,
+                 float* log_sum, double* loss);
 
   // rounds times multiply_adds_of_round multiplications and additions, as fast as the processor can
   float (*multiply_adds)(int64_t rounds);

@@ -40,7 +40,8 @@ const Kernels kernels{
     {activate<bfloat16_bits>, activation_backward<bfloat16_bits>},
     {statistics<float>, deficit<float>, gradient<float>},
     {statistics<bfloat16_bits>, deficit<bfloat16_bits>, gradient<bfloat16_bits>},
-    log,
+    labels,
+    losses,
     multiply_adds,
     kMultiplyAddsOfRound,
 };

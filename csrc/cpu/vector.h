@@ -111,6 +111,15 @@ TORCH_MLP_INLINE void store_part(bfloat16_bits* to, vec value, int64_t count) {
   memcpy(to, values, count * sizeof(bfloat16_bits));
 }
 
+TORCH_MLP_INLINE float to_float(float value) { return value; }
+
+TORCH_MLP_INLINE float to_float(bfloat16_bits value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
 // A whole vector, or the first count elements of one.
 template <bool is_whole, typename T>
 TORCH_MLP_INLINE vec load_some(const T* from, int64_t count) {
@@ -182,18 +191,38 @@ TORCH_MLP_INLINE vec permute(vec value, vec_int at) {
 
 TORCH_MLP_INLINE vec_int permute(vec_int value, vec_int at) { return (vec_int)permute((vec)value, at); }
 
-using vec_half = float __attribute__((vector_size(2 * kLanes)));
-using vec_double = double __attribute__((vector_size(4 * kLanes)));  // half as many lanes
+// Half as many lanes.
+constexpr int kHalfLanes = kLanes / 2;
+using vec_half = float __attribute__((vector_size(4 * kHalfLanes)));
+using vec_half_int = int32_t __attribute__((vector_size(4 * kHalfLanes)));
+using vec_double = double __attribute__((vector_size(8 * kHalfLanes)));
+using vec_long = int64_t __attribute__((vector_size(8 * kHalfLanes)));
+
+// The halves of a vector as doubles, and back.
+TORCH_MLP_INLINE void to_double(vec value, vec_double (&halves)[2]) {
+  vec_half parts[2];
+  memcpy(parts, &value, sizeof(value));
+  halves[0] = __builtin_convertvector(parts[0], vec_double);
+  halves[1] = __builtin_convertvector(parts[1], vec_double);
+}
+
+TORCH_MLP_INLINE vec to_float(const vec_double (&halves)[2]) {
+  const vec_half parts[2] = {__builtin_convertvector(halves[0], vec_half),
+                             __builtin_convertvector(halves[1], vec_half)};
+  vec value;
+  memcpy(&value, parts, sizeof(value));
+  return value;
+}
 
 // The sums of float values in double: over a long batch the digits that float drops would add up.
 struct DoubleSum {
   vec_double low{}, high{};
 
   TORCH_MLP_INLINE void add(vec value) {
-    vec_half halves[2];
-    memcpy(halves, &value, sizeof(value));
-    low += __builtin_convertvector(halves[0], vec_double);
-    high += __builtin_convertvector(halves[1], vec_double);
+    vec_double halves[2];
+    to_double(value, halves);
+    low += halves[0];
+    high += halves[1];
   }
 
   TORCH_MLP_INLINE double total() const {
