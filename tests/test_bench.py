@@ -39,7 +39,7 @@ def test_figures_follow_from_the_times(result):
         times = row["microseconds"]
         assert math.isclose(row["ratio"], times["eager"] / times["ours"])
         assert math.isclose(row["forward ratio"], times["eager forward"] / times["ours forward"])
-        assert row["limit"] < times["eager"] / times["nothing"]
+        assert 0 < row["limit"] < times["eager"] / max(1e-9, times["ours"] - times["ops"])
         assert 0 < row["error"] < 1.5
     batch, ins, outs = 512, 512, 512
     (row,) = [row for row in rows if row["shape"] == f"{batch} x {ins} -> {outs}"]

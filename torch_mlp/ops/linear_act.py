@@ -170,7 +170,7 @@ class LinearAct(torch.autograd.Function):
         # Only where the gradients are to be differentiated again need their computation be recorded.
         differentiable = LinearActBackward.apply if torch.is_grad_enabled() else fused_backward
         backward = reference_backward if in_transform() else differentiable
-        grads = backward(grad_output, input, weight, output, ctx.activation, tuple(ctx.needs_input_grad[:3]))
+        grads = backward(grad_output, input, weight, output, ctx.activation, ctx.needs_input_grad[:3])
         return (*grads, None)
 
 
