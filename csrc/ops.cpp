@@ -21,6 +21,13 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
       "Tensor total_weight, str reduction, int ignore_index, float label_smoothing) -> Tensor");
 
+  // minibatch SGD over the images in that order, which moves weights, biases and velocities (of each layer its weight's
+  // and its bias's; none without momentum); a mean loss and an lr for each minibatch
+  m.def(
+      "_train_epoch(Tensor images, Tensor labels, Tensor order, Tensor(a!)[] weights, Tensor(b!)[] biases, "
+      "Tensor(c!)[] velocities, str[] activations, int batch_size, Tensor lr, float momentum, float weight_decay, "
+      "float scale, float shift, bool skips_zeros) -> Tensor");
+
   // the instruction set of the CPU's vector kernels: default, avx2 or avx512
   m.def("_cpu_capability() -> str");
 

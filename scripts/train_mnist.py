@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import torch_mlp
-from torch_mlp import checkpoint, data, plot, training
+from torch_mlp import checkpoint, data, epoch, plot, training
 
 STOCK_ACTIVATIONS = {
     "identity": torch.nn.Identity,
@@ -56,6 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     machine.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
+    machine.add_argument(
+        "--engine",
+        choices=epoch.ENGINES,
+        default="auto",
+        help="epoch: compiled, many minibatches a call; autograd: step by step; auto: epoch where it can be used",
+    )
     machine.add_argument("--threads", type=threads, default=None, metavar="N", help="CPU threads (default: torch's)")
 
     files = parser.add_argument_group("data and results")
@@ -194,17 +200,24 @@ def main() -> int:
     criteria: dict[str, torch.nn.Module] = {"torch_mlp": torch_mlp.nn.CrossEntropyLoss()}
     if arguments.reference:
         models["torch"], criteria["torch"] = stock_twin(model), torch.nn.CrossEntropyLoss()
+    try:
+        engine = epoch.choose_engine(model, criteria["torch_mlp"], arguments.engine)
+    except ValueError as error:
+        fail(str(error))
     print(
         f"{dataset.name}: {len(dataset.train_images)} training and {len(dataset.test_images)} test images; "
         f"{'-'.join(map(str, [model.in_features, *model.hidden_features, model.out_features]))} {arguments.activation} "
         f"network, {model.num_parameters():,} parameters; {arguments.dtype} on {device}, "
-        f"{torch.get_num_threads()} CPU threads"
+        f"{torch.get_num_threads()} CPU threads, engine {engine}"
     )
 
     resident = dataset.to(device)
     names = ("epochs", "batch_size", "lr", "lr_decay", "momentum", "weight_decay", "sampling", "seed")
     options = {name: getattr(arguments, name) for name in names}
-    runs = {name: training.train(models[name], criteria[name], resident, **options) for name in models}
+    engines = {"torch_mlp": engine, "torch": "autograd"}
+    runs = {
+        name: training.train(models[name], criteria[name], resident, engine=engines[name], **options) for name in models
+    }
     histories: dict[str, list[training.EpochMetrics]] = {name: [] for name in models}
     exit_code = 0
     try:

@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torch_mlp.data import Dataset
+from torch_mlp.epoch import train_epoch
 
 SAMPLINGS = ("partition", "random")
 LR_DECAYS = ("linear", "none")
 
 _EVALUATION_BATCH = 4096
-_STEPS_PER_REPORT = 20  # reading the loss makes a GPU wait
 
 
 class EpochMetrics(NamedTuple):
@@ -36,32 +36,27 @@ class Evaluation(NamedTuple):
     predictions: Tensor  # int64 (N,), on the CPU
 
 
-def minibatches(num_samples: int, batch_size: int, sampling: str, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the sample indices of each minibatch of one epoch.
+def sample_order(num_samples: int, sampling: str, generator: torch.Generator) -> Tensor:
+    """Draw the order in which an epoch uses the samples: their indices, int64 of shape (num_samples,).
 
     Args:
         num_samples: number of samples to draw from.
-        batch_size: samples in a batch; the last one of an epoch may be smaller.
-        sampling: "partition" splits a random permutation, so that each sample comes once; "random" draws every batch at
+        sampling: "partition" gives a random permutation, so that each sample comes once; "random" draws every one at
             random, with replacement.
         generator: the source of randomness, on the device where the indices are wanted.
 
     Raises:
-        ValueError: if sampling is not known or batch_size is not positive.
+        ValueError: if sampling is not known.
 
     Example:
-        >>> [len(batch) for batch in minibatches(10, 4, "partition", torch.Generator())]
-        [4, 4, 2]
+        >>> sorted(sample_order(5, "partition", torch.Generator()).tolist())
+        [0, 1, 2, 3, 4]
     """
     if sampling not in SAMPLINGS:
-        raise ValueError(f"minibatches: expected sampling to be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
-    if batch_size < 1:
-        raise ValueError(f"minibatches: expected batch_size of at least 1, got {batch_size}")
+        raise ValueError(f"sample_order: expected sampling to be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
     if sampling == "partition":
-        order = torch.randperm(num_samples, generator=generator, device=generator.device)
-    else:
-        order = torch.randint(num_samples, (num_samples,), generator=generator, device=generator.device)
-    yield from order.split(batch_size)
+        return torch.randperm(num_samples, generator=generator, device=generator.device)
+    return torch.randint(num_samples, (num_samples,), generator=generator, device=generator.device)
 
 
 def to_input(images: Tensor, data: Dataset, dtype: torch.dtype) -> Tensor:
@@ -110,6 +105,7 @@ def train(
     lr_decay: str = "linear",
     sampling: str = "partition",
     seed: int = 0,
+    engine: str = "auto",
     progress: bool = True,
 ) -> Iterator[EpochMetrics]:
     r"""Train a model with minibatch SGD and yield the figures of each epoch.
@@ -128,15 +124,16 @@ def train(
         momentum: momentum, 0 for plain SGD.
         weight_decay: factor of the L2 penalty.
         lr_decay: "linear" lowers the learning rate at every step, to reach 0 after the last; "none" keeps it.
-        sampling: see :func:`minibatches`.
+        sampling: see :func:`sample_order`.
         seed: of the order in which images are drawn.
+        engine: see :func:`torch_mlp.train_epoch`.
         progress: whether to show a progress bar with loss and images per second, where there is a terminal.
 
     Yields:
         An :class:`EpochMetrics` after every epoch.
 
     Raises:
-        FloatingPointError: if the loss is no longer finite.
+        FloatingPointError: if the loss is no longer finite; the message names epoch and minibatch.
         ValueError: if an option is not known or out of its range.
 
     Example:
@@ -154,34 +151,39 @@ def train(
         raise ValueError(f"train: expected lr_decay to be one of {', '.join(LR_DECAYS)}, got {lr_decay!r}")
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"train: expected epochs and batch_size of at least 1, got {epochs} and {batch_size}")
-    like = next(model.parameters())
-    generator = torch.Generator(like.device).manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     num_samples = len(data.train_images)
-    steps = epochs * math.ceil(num_samples / batch_size)
+    steps = math.ceil(num_samples / batch_size)  # of an epoch
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 1 - step / steps if lr_decay == "linear" else 1.0
-    )
     hidden = None if progress else True  # None: shown on a terminal only
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=like.device)
         model.train()
+        past = steps * (epoch - 1) + torch.arange(steps, dtype=torch.float64)
+        rates = lr * (1 - past / (steps * epochs)) if lr_decay == "linear" else torch.full((steps,), lr)
         with tqdm(total=num_samples, desc=f"epoch {epoch}", unit=" images", leave=False, disable=hidden) as bar:
-            for step, index in enumerate(minibatches(num_samples, batch_size, sampling, generator)):
-                input = to_input(data.train_images.index_select(0, index), data, like.dtype)
-                loss = criterion(model(input), data.train_labels.index_select(0, index))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                loss_sum += loss.detach() * len(index)
-                if progress and step % _STEPS_PER_REPORT == 0:
-                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-                bar.update(len(index))
-        train_loss = loss_sum.item() / num_samples
+
+            def report(images: int, loss: Tensor, bar: tqdm = bar) -> None:
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                bar.update(images)
+
+            try:
+                train_loss = train_epoch(
+                    model,
+                    data.train_images,
+                    data.train_labels,
+                    batch_size=min(batch_size, num_samples),
+                    lr=rates,
+                    optimizer=optimizer,
+                    criterion=criterion,
+                    order=sample_order(num_samples, sampling, generator),
+                    scale=data.scale,
+                    shift=data.shift,
+                    engine=engine,
+                    progress=report if progress else None,
+                ).item()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"epoch {epoch}: {error}") from None
         seconds = time.perf_counter() - start
-        if not math.isfinite(train_loss):
-            raise FloatingPointError(f"train: the loss is {train_loss} in epoch {epoch}; try a lower learning rate")
         evaluation = evaluate(model, criterion, data)
         yield EpochMetrics(epoch, train_loss, evaluation.loss, evaluation.accuracy, seconds)

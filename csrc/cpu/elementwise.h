@@ -21,19 +21,19 @@ void activate(ActivationKind kind, T* y, int64_t count) {
 
 // A column of `vectors` vectors, so that the sums stay in registers.
 template <ActivationKind kind, int vectors, typename T>
-void activation_backward_columns(const T* gy, const T* y, T* gz, int64_t gz_stride, double* sums, int64_t rows,
-                                 int64_t stride, int64_t cols) {
+void activation_backward_columns(Rows<const T> gy, Rows<const T> y, Rows<T> gz, double* sums, int64_t rows,
+                                 int64_t cols) {
   const bool is_whole = cols == vectors * kLanes;  // else there is one vector, and it is cols wide
   DoubleSum sum[vectors];
   for (int64_t i = 0; i < rows; ++i) {
     TORCH_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      const int64_t at = i * stride + j * kLanes;
-      const vec grad = is_whole ? load(gy + at) : load_part(gy + at, cols);
-      const vec value = activation_gradient<kind>(grad, is_whole ? load(y + at) : load_part(y + at, cols));
+      const T *of_gy = gy.data + i * gy.stride + j * kLanes, *of_y = y.data + i * y.stride + j * kLanes;
+      const vec grad = is_whole ? load(of_gy) : load_part(of_gy, cols);
+      const vec value = activation_gradient<kind>(grad, is_whole ? load(of_y) : load_part(of_y, cols));
       sum[j].add(value);
-      if (gz) {
-        T* to = gz + i * gz_stride + j * kLanes;
+      if (gz.data) {
+        T* to = gz.data + i * gz.stride + j * kLanes;
         is_whole ? store(to, value) : store_part(to, value, cols);
       }
     }
@@ -47,18 +47,21 @@ void activation_backward_columns(const T* gy, const T* y, T* gz, int64_t gz_stri
 }
 
 template <typename T>
-void activation_backward(ActivationKind kind, const T* gy, const T* y, T* gz, int64_t gz_stride, double* sums,
-                         int64_t rows, int64_t cols) {
+void activation_backward(ActivationKind kind, Rows<const T> gy, Rows<const T> y, Rows<T> gz, double* sums, int64_t rows,
+                         int64_t cols) {
   dispatch(kind, [&](auto act) {
     constexpr int vectors = 4;
+    const auto columns = [&](int64_t j, auto count, int64_t width) {
+      activation_backward_columns<act.value, count.value, T>({gy.data + j, gy.stride}, {y.data + j, y.stride},
+                                                             {gz.data ? gz.data + j : gz.data, gz.stride},
+                                                             sums ? sums + j : sums, rows, width);
+    };
     int64_t j = 0;
     for (; j + vectors * kLanes <= cols; j += vectors * kLanes) {
-      activation_backward_columns<act.value, vectors>(gy + j, y + j, gz ? gz + j : gz, gz_stride,
-                                                      sums ? sums + j : sums, rows, cols, vectors * kLanes);
+      columns(j, std::integral_constant<int, vectors>{}, vectors * kLanes);
     }
     for (; j < cols; j += kLanes) {
-      activation_backward_columns<act.value, 1>(gy + j, y + j, gz ? gz + j : gz, gz_stride, sums ? sums + j : sums,
-                                                rows, cols, min(kLanes, cols - j));
+      columns(j, std::integral_constant<int, 1>{}, min(kLanes, cols - j));
     }
   });
 }

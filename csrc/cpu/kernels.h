@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace torch_mlp {
 
@@ -18,15 +19,19 @@ struct bfloat16_bits {
   uint16_t bits;
 };
 
-// A row-major matrix of floats; adjacent rows are stride elements apart.
-struct ConstMatrix {
-  const float* data;
+// A row-major matrix; adjacent rows are stride elements apart.
+template <typename T>
+struct Rows {
+  T* data;
   int64_t stride;
+
+  template <typename U = T, typename = std::enable_if_t<!std::is_const_v<U>>>
+  operator Rows<const U>() const {
+    return {data, stride};
+  }
 };
-struct Matrix {
-  float* data;
-  int64_t stride;
-};
+using ConstMatrix = Rows<const float>;
+using Matrix = Rows<float>;
 
 struct LinearShape {
   int64_t batch, in_features, out_features;
@@ -53,10 +58,10 @@ template <typename T>
 struct ElementwiseKernels {
   // y = act(y)
   void (*activate)(ActivationKind, T* y, int64_t count);
-  // gz = gy * act'(z) by y, where gz is not null; sums[j] += the sum over the rows of gz, where sums is not null, of
-  // matrices (rows, cols), contiguous but for gz.
-  void (*activation_backward)(ActivationKind, const T* gy, const T* y, T* gz, int64_t gz_stride, double* sums,
-                              int64_t rows, int64_t cols);
+  // gz = gy * act'(z) by y, where gz is not null; sums[j] += the sum over the rows of gz, where sums is not null. gz
+  // may be gy.
+  void (*activation_backward)(ActivationKind, Rows<const T> gy, Rows<const T> y, Rows<T> gz, double* sums, int64_t rows,
+                              int64_t cols);
 };
 
 // How many of some labels are classes, and how many are wrong: neither that nor ignore_index.
@@ -80,8 +85,53 @@ struct SoftmaxKernels {
                    const float* at_label);
 };
 
+// A step of stochastic gradient descent: velocity = momentum * velocity + (gradient + weight_decay * value), and value
+// moves by -lr times that; without velocity by -lr times the parenthesis.
+struct SgdStep {
+  float lr, momentum, weight_decay;
+};
+
+// The first layer on images that skips zero pixels, see pixels.h: z (images, width) = the rows of bytes, each looked up
+// in values, times a panel (features, width) of W^T.
+struct PixelForward {
+  const uint8_t* const* rows;
+  int64_t images, features;
+  const float* values;  // of the 256 bytes
+  const float* panel;
+  int64_t width;
+  float* z;
+};
+
+// A step of SGD of such a panel.
+struct PixelUpdate {
+  const uint8_t* columns;  // (features, images), images being a multiple of 64
+  int64_t images, features;
+  const float* values;
+  float* panel;
+  float* velocity;  // like panel, or null
+  int64_t width;
+  ConstMatrix grad_z;  // (images, width)
+  SgdStep step;
+};
+
+struct PixelKernels {
+  int64_t most_width;  // of a panel, which is a multiple of lanes wide
+  void (*pack)(ConstMatrix w, int64_t count, int64_t features, float* panel);
+  // w (count, features) from a panel, row being added to each of its rows
+  void (*unpack)(const float* panel, int64_t width, const float* row, int64_t features, Matrix w, int64_t count);
+  // columns[k * stride + i] = rows[i][k], for 16 rows
+  void (*transpose)(const uint8_t* const* rows, int64_t features, uint8_t* columns, int64_t stride);
+  int64_t (*sum)(const uint8_t* bytes, int64_t count);
+  void (*forward)(const PixelForward&);
+  // y[i, j] = activation(z[i, j] + row_factor[i] * row[j] + offset[j]), z contiguous and a multiple of lanes wide
+  void (*finish)(ActivationKind, const float* z, const float* row_factor, const float* row, const float* offset,
+                 Matrix y, int64_t rows, int64_t cols);
+  void (*update)(const PixelUpdate&);
+};
+
 struct Kernels {
   const char* name;
+  int64_t lanes;  // floats of a vector
 
   // Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and floats of scratch
   // memory, as many as the *_scratch function says.
@@ -101,6 +151,13 @@ struct Kernels {
   // log_sum[i] = log(sum[i]), loss[i] = log_sum[i] + (maximum[i] - at_label[i]), or 0 where label[i] is -1
   void (*losses)(const float* maximum, const float* sum, const float* at_label, const int64_t* label, int64_t count,
                  float* log_sum, double* loss);
+
+  PixelKernels pixels;
+  // y = scale * x + shift
+  void (*normalize_bytes)(const uint8_t* x, int64_t count, float scale, float shift, float* y);
+  void (*normalize_floats)(const float* x, int64_t count, float scale, float shift, float* y);
+  // velocity may be null
+  void (*sgd)(float* value, float* velocity, const float* gradient, int64_t count, const SgdStep&);
 
   // rounds times multiply_adds_of_round multiplications and additions, as fast as the processor can
   float (*multiply_adds)(int64_t rounds);

@@ -24,12 +24,14 @@ TORCH_MLP_PUSH_TARGET(TORCH_MLP_TARGET)
 #include "elementwise.h"
 #include "gemm.h"
 #include "peak.h"
+#include "pixels.h"
 #include "softmax.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 
 const Kernels kernels{
     TORCH_MLP_LEVEL_NAME,
+    kLanes,
     linear_tasks,
     linear_scratch,
     linear,
@@ -42,6 +44,11 @@ const Kernels kernels{
     {statistics<bfloat16_bits>, deficit<bfloat16_bits>, gradient<bfloat16_bits>},
     labels,
     losses,
+    {kMostPanelVectors * kLanes, pack_transposed, unpack_panel, transpose_bytes, sum_of_bytes, pixels_forward,
+     finish_pixels, pixels_update},
+    normalize<uint8_t>,
+    normalize<float>,
+    sgd,
     multiply_adds,
     kMultiplyAddsOfRound,
 };

@@ -60,8 +60,8 @@ template <typename Activation, typename scalar_t>
 void activation_backward_rows(const scalar_t* gy, const scalar_t* y, scalar_t* gz, int64_t gz_stride, double* sums,
                               int64_t rows, int64_t cols) {
   if constexpr (has_vector_kernels<scalar_t>) {
-    elementwise_kernels<scalar_t>().activation_backward(kind_of<Activation>, bits_of(gy), bits_of(y), bits_of(gz),
-                                                        gz_stride, sums, rows, cols);
+    elementwise_kernels<scalar_t>().activation_backward(kind_of<Activation>, {bits_of(gy), cols}, {bits_of(y), cols},
+                                                        {bits_of(gz), gz_stride}, sums, rows, cols);
   } else {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; ++j) {

@@ -1,0 +1,267 @@
+// The first layer of a network on images most of whose pixels are 0: only the others cost anything. For level.h.
+//
+//   forward   z^T = sum over the pixels k that are not 0 of x_k V_k      V = W^T, features rows, cut into panels of
+//   columns update    V_k moves by -lr times the sum over the images whose pixel k is not 0 of x_k gz
+//
+// x_k is scale times the byte of the pixel; what a shift of the pixels adds is of rank 1 and not done here
+// (train_epoch.cpp). A panel is as wide as the sums that fit the registers. A byte of mask for each pixel, 64 pixels of
+// an image or 64 images of a pixel at a time, tells where to go next.
+#pragma once
+
+#include "vector.h"
+
+namespace torch_mlp::TORCH_MLP_LEVEL {
+namespace {
+
+constexpr int kMostPanelVectors = 8;
+// Rows of V that stay in the first-level cache while kImagesAtOnce images use them.
+constexpr int64_t kPixelsAtOnce = 56;
+constexpr int64_t kImagesAtOnce = 16;
+
+// Bit l tells whether byte l is not 0, of count bytes, at most 64.
+TORCH_MLP_INLINE uint64_t nonzero_bytes(const uint8_t* bytes, int64_t count) {
+#if TORCH_MLP_LANES == 16
+  const __m512i value = _mm512_maskz_loadu_epi8(count == 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1, bytes);
+  return _mm512_test_epi8_mask(value, value);
+#else
+  alignas(32) uint8_t copy[64] = {};
+  if (count < 64) {
+    memcpy(copy, bytes, count);
+    bytes = copy;
+  }
+#if TORCH_MLP_LANES == 8
+  const __m256i zero = _mm256_setzero_si256();
+  uint64_t zeros = 0;
+  for (int half = 0; half < 2; ++half) {
+    __m256i value;
+    memcpy(&value, bytes + 32 * half, sizeof(value));
+    zeros |= uint64_t(uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(value, zero)))) << (32 * half);
+  }
+  return ~zeros;
+#else
+  uint64_t mask = 0;
+  for (int l = 0; l < 64; ++l) {
+    mask |= uint64_t(bytes[l] != 0) << l;
+  }
+  return mask;
+#endif
+#endif
+}
+
+// sum += the rows that mask names, times the values of the bytes.
+template <int vectors>
+TORCH_MLP_INLINE void add_rows(uint64_t mask, const uint8_t* bytes, const float* values, const float* rows,
+                               int64_t stride, vec (&sum)[vectors]) {
+  for (; mask; mask &= mask - 1) {
+    const int64_t k = __builtin_ctzll(mask);
+    const vec value = broadcast(values[bytes[k]]);
+    const float* row = rows + k * stride;
+    TORCH_MLP_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      sum[j] += value * load(row + j * kLanes);
+    }
+  }
+}
+
+template <int vectors>
+void pixels_forward_panel(const PixelForward& self) {
+  constexpr int64_t width = vectors * kLanes;
+  memset(self.z, 0, self.images * width * sizeof(float));
+  for (int64_t first = 0; first < self.images; first += kImagesAtOnce) {
+    const int64_t last = min(self.images, first + kImagesAtOnce);
+    for (int64_t k = 0; k < self.features; k += kPixelsAtOnce) {
+      const int64_t pixels = min(kPixelsAtOnce, self.features - k);
+      for (int64_t i = first; i < last; ++i) {
+        const uint8_t* bytes = self.rows[i] + k;
+        const uint64_t mask = nonzero_bytes(bytes, pixels);
+        if (mask) {
+          float* z = self.z + i * width;
+          vec sum[vectors];
+          TORCH_MLP_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            sum[j] = load(z + j * kLanes);
+          }
+          add_rows<vectors>(mask, bytes, self.values, self.panel + k * width, width, sum);
+          TORCH_MLP_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            store(z + j * kLanes, sum[j]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// value moves by a step of SGD.
+template <bool has_velocity>
+TORCH_MLP_INLINE void sgd_vector(float* value, float* velocity, vec gradient, const SgdStep& step) {
+  const vec before = load(value);
+  vec direction = step.weight_decay * before + gradient;
+  if (has_velocity) {
+    direction += step.momentum * load(velocity);
+    store(velocity, direction);
+  }
+  store(value, before - step.lr * direction);
+}
+
+template <int vectors, bool has_velocity>
+void pixels_update_panel(const PixelUpdate& self) {
+  constexpr int64_t width = vectors * kLanes;
+  const bool moves_always = has_velocity || self.step.weight_decay != 0;
+  for (int64_t k = 0; k < self.features; ++k) {
+    const uint8_t* bytes = self.columns + k * self.images;
+    vec sum[vectors] = {};
+    uint64_t any = 0;
+    for (int64_t i = 0; i < self.images; i += 64) {
+      const uint64_t mask = nonzero_bytes(bytes + i, 64);
+      any |= mask;
+      add_rows<vectors>(mask, bytes + i, self.values, self.grad_z.data + i * self.grad_z.stride, self.grad_z.stride,
+                        sum);
+    }
+    if (any || moves_always) {
+      TORCH_MLP_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        const int64_t at = k * width + j * kLanes;
+        sgd_vector<has_velocity>(self.panel + at, has_velocity ? self.velocity + at : nullptr, sum[j], self.step);
+      }
+    }
+  }
+}
+
+// Calls body with the width of a panel as a constant.
+template <int vectors = kMostPanelVectors, typename Body>
+TORCH_MLP_INLINE void dispatch_width(int64_t width, const Body& body) {
+  if (width == vectors * kLanes) {
+    body(std::integral_constant<int, vectors>{});
+  } else if constexpr (vectors > 1) {
+    dispatch_width<vectors - 1>(width, body);
+  }
+}
+
+void pixels_forward(const PixelForward& self) {
+  dispatch_width(self.width, [&](auto vectors) { pixels_forward_panel<vectors.value>(self); });
+}
+
+void pixels_update(const PixelUpdate& self) {
+  dispatch_width(self.width, [&](auto vectors) {
+    self.velocity ? pixels_update_panel<vectors.value, true>(self) : pixels_update_panel<vectors.value, false>(self);
+  });
+}
+
+using bytes16 = uint8_t __attribute__((vector_size(16)));
+
+template <int first>
+TORCH_MLP_INLINE bytes16 interleave(bytes16 a, bytes16 b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3,
+                                 first + 19, first + 4, first + 20, first + 5, first + 21, first + 6, first + 22,
+                                 first + 7, first + 23);
+#else
+  return __builtin_shuffle(
+      a, b,
+      bytes16{first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3, first + 19, first + 4,
+              first + 20, first + 5, first + 21, first + 6, first + 22, first + 7, first + 23});
+#endif
+}
+
+// columns[k * stride + i] = rows[i][k], for 16 rows.
+void transpose_bytes(const uint8_t* const* rows, int64_t features, uint8_t* columns, int64_t stride) {
+  for (int64_t k = 0; k < features; k += 16) {
+    const int64_t left = min(16, features - k);
+    bytes16 square[16] = {};
+    TORCH_MLP_UNROLL
+    for (int l = 0; l < 16; ++l) {
+      left == 16 ? memcpy(&square[l], rows[l] + k, 16) : memcpy(&square[l], rows[l] + k, left);
+    }
+    // Each round interleaves the halves; after four of them rows have become columns.
+    TORCH_MLP_UNROLL
+    for (int round = 0; round < 4; ++round) {
+      bytes16 halves[16];
+      TORCH_MLP_UNROLL
+      for (int l = 0; l < 8; ++l) {
+        halves[2 * l] = interleave<0>(square[l], square[l + 8]);
+        halves[2 * l + 1] = interleave<8>(square[l], square[l + 8]);
+      }
+      TORCH_MLP_UNROLL
+      for (int l = 0; l < 16; ++l) {
+        square[l] = halves[l];
+      }
+    }
+    for (int l = 0; l < left; ++l) {
+      memcpy(columns + (k + l) * stride, &square[l], 16);
+    }
+  }
+}
+
+// The rows of a panel (depth, width), each plus row, as columns of w (count, depth): what pack_transposed makes,
+// undone.
+void unpack_panel(const float* panel, int64_t width, const float* row, int64_t depth, Matrix w, int64_t count) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const vec of_row = load(row + j);
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      vec square[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        square[l] = k + l < depth ? load(panel + (k + l) * width + j) + of_row : vec{};
+      }
+      transpose(square);
+      for (int64_t l = 0; l < min(kLanes, count - j); ++l) {
+        store_part(w.data + (j + l) * w.stride + k, square[l], min(kLanes, depth - k));
+      }
+    }
+  }
+}
+
+// y[i, j] = activation(z[i, j] + row_factor[i] * row[j] + offset[j]) of matrices (rows, cols) with cols a multiple of
+// kLanes, z contiguous.
+void finish_pixels(ActivationKind kind, const float* z, const float* row_factor, const float* row, const float* offset,
+                   Matrix y, int64_t rows, int64_t cols) {
+  dispatch(kind, [&](auto act) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        const vec value = load(z + i * cols + j) + (row_factor[i] * load(row + j) + load(offset + j));
+        store(y.data + i * y.stride + j, activation<act.value>(value));
+      }
+    }
+  });
+}
+
+// --- what other layers need too ---
+
+// y = scale * x + shift
+template <typename T>
+void normalize(const T* x, int64_t count, float scale, float shift, float* y) {
+  for (int64_t k = 0; k < count; ++k) {
+    y[k] = float(x[k]) * scale + shift;
+  }
+}
+
+int64_t sum_of_bytes(const uint8_t* bytes, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t first = 0; first < count; first += 4096) {
+    int32_t part = 0;
+    for (int64_t k = first; k < min(count, first + 4096); ++k) {
+      part += bytes[k];
+    }
+    sum += part;
+  }
+  return sum;
+}
+
+void sgd(float* value, float* velocity, const float* gradient, int64_t count, const SgdStep& step) {
+  const int64_t whole = whole_vectors(count);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const vec g = load(gradient + i);
+    velocity ? sgd_vector<true>(value + i, velocity + i, g, step) : sgd_vector<false>(value + i, nullptr, g, step);
+  }
+  for (int64_t i = whole; i < count; ++i) {
+    float direction = step.weight_decay * value[i] + gradient[i];
+    if (velocity) {
+      direction += step.momentum * velocity[i];
+      velocity[i] = direction;
+    }
+    value[i] -= step.lr * direction;
+  }
+}
+
+}  // namespace
+}  // namespace torch_mlp::TORCH_MLP_LEVEL

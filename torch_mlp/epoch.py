@@ -1,0 +1,424 @@
+"""A whole epoch of minibatch SGD in one call."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from torch_mlp import functional, nn, ops
+
+ENGINES = ("auto", "epoch", "autograd")
+
+_ACTIVATIONS = {
+    torch.nn.Identity: "identity",
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.Tanh: "tanh",
+    torch.nn.ReLU: "relu",
+}
+_CRITERIA = (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss)
+_OPERATIONS_PER_CALL = 4e9  # of the compiled op, some hundredths of a second: between calls Ctrl-C is noticed
+_STEPS_PER_CHECK = 20  # of autograd
+_SAMPLED_IMAGES = 1000
+_MOST_NONZERO = 0.6  # of the pixels, up to which skipping the others pays
+
+_optimizers: WeakKeyDictionary[torch.nn.Module, torch.optim.SGD] = WeakKeyDictionary()
+
+
+class Layer(NamedTuple):
+    """A linear layer of a network and the name of the activation behind it."""
+
+    linear: torch.nn.Linear
+    activation: str
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
+    """The optimizer that keeps the momentum of a model which :func:`train_epoch` trained without being given one.
+
+    Its ``state_dict()`` loads into any ``torch.optim.SGD`` of the same parameters, and the other way round.
+
+    Raises:
+        KeyError: if there is none.
+
+    Example:
+        >>> images, labels = torch.randint(256, (100, 64), dtype=torch.uint8), torch.randint(10, (100,))
+        >>> model = nn.MLP(64, [32], 10)
+        >>> loss = train_epoch(model, images, labels, batch_size=20, lr=0.1, momentum=0.9)
+        >>> optimizer_of(model).param_groups[0]["momentum"]
+        0.9
+    """
+    if model not in _optimizers:
+        raise KeyError("optimizer_of: expected a model that train_epoch has trained without an optimizer of yours")
+    return _optimizers[model]
+
+
+def layers_of(model: torch.nn.Module) -> list[Layer]:
+    """The layers of a network that the compiled op can train: linear layers, each with an activation or none.
+
+    Args:
+        model: an :class:`torch_mlp.nn.MLP`, or a :class:`torch.nn.Sequential` of ``LinearAct``, ``LinearSigmoid``, or
+            ``torch.nn.Linear`` followed by ``Sigmoid``, ``Tanh``, ``ReLU`` or nothing; a ``Flatten`` may come first.
+
+    Raises:
+        ValueError: for any other model; the message names the layer and says why.
+
+    Example:
+        >>> [layer.activation for layer in layers_of(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()))]
+        ['tanh']
+    """
+    if type(model) not in (nn.MLP, torch.nn.Sequential):
+        raise ValueError(f"train_epoch: expected an MLP or a Sequential of linear layers, got {type(model).__name__}")
+    layers: list[Layer] = []
+    can_follow = False  # whether the last layer has no activation yet
+    for name, module in [("the model itself", model), *model.named_children()]:
+        kind = type(module)
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if any(hooks):
+            raise ValueError(f"train_epoch: expected layers without hooks, got some on {name} ({kind.__name__})")
+        if module is model or (kind is torch.nn.Flatten and module.start_dim == 1 and not layers):
+            continue
+        if kind in (nn.LinearAct, nn.LinearSigmoid):
+            layers.append(Layer(module, module.activation))
+        elif kind is torch.nn.Linear:
+            layers.append(Layer(module, "identity"))
+        elif kind in _ACTIVATIONS and can_follow:
+            layers[-1] = layers[-1]._replace(activation=_ACTIVATIONS[kind])
+        else:
+            raise ValueError(
+                f"train_epoch: expected linear layers, each with one activation or none, got {kind.__name__} as layer "
+                f"{name}"
+            )
+        can_follow = kind is torch.nn.Linear
+    if not layers:
+        raise ValueError("train_epoch: expected a network of at least one linear layer, got none")
+    if layers[-1].activation != "identity":
+        raise ValueError(
+            f"train_epoch: expected a last layer that gives logits, got a {layers[-1].activation} behind it"
+        )
+    return layers
+
+
+def _check_parameters(layers: list[Layer]) -> None:
+    """Raise ValueError where the compiled op cannot train these parameters."""
+    parameters = {f"{i}.{name}": p for i, layer in enumerate(layers) for name, p in layer.linear.named_parameters()}
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32 or not parameter.is_cpu:
+            raise ValueError(
+                f"train_epoch: expected float32 parameters on the CPU, got {parameter.dtype} on {parameter.device} in "
+                f"layer {name}"
+            )
+        if not parameter.requires_grad or not parameter.is_contiguous():
+            state = "is not contiguous" if parameter.requires_grad else "requires no grad"
+            raise ValueError(
+                f"train_epoch: expected contiguous parameters that require grad, got one in {name} that {state}"
+            )
+    ranges = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, name) for name, p in parameters.items())
+    for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
+        if begin < end:
+            raise ValueError(f"train_epoch: expected parameters of their own, got {name} and {other} that share memory")
+
+
+def choose_engine(model: torch.nn.Module, criterion: torch.nn.Module | None = None, engine: str = "auto") -> str:
+    """The engine of :func:`train_epoch` for this model: "epoch" where the compiled op can train it, else "autograd".
+
+    Raises:
+        ValueError: if engine is "epoch" and it cannot, or is not known.
+
+    Example:
+        >>> choose_engine(nn.MLP(64, [32], 10)), choose_engine(nn.MLP(64, [32], 10).double())
+        ('epoch', 'autograd')
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"train_epoch: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "autograd":
+        return engine
+    try:
+        _check_parameters(layers_of(model))
+        if criterion is not None and not _is_plain_cross_entropy(criterion):
+            raise ValueError(f"train_epoch: expected the plain mean cross-entropy as criterion, got {criterion}")
+    except ValueError as error:
+        if engine == "epoch":
+            raise ValueError(f"{error}; use the engine autograd") from None
+        return "autograd"
+    return "epoch"
+
+
+def _is_plain_cross_entropy(criterion: torch.nn.Module) -> bool:
+    return (
+        type(criterion) in _CRITERIA
+        and criterion.weight is None
+        and criterion.reduction == "mean"
+        and criterion.label_smoothing == 0
+        and criterion.ignore_index < 0
+    )
+
+
+def train_epoch(
+    model: torch.nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int,
+    lr: float | Sequence[float] | Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    optimizer: torch.optim.SGD | None = None,
+    criterion: torch.nn.Module | None = None,
+    generator: torch.Generator | None = None,
+    order: Tensor | None = None,
+    scale: float = 1 / 255,
+    shift: float = 0.0,
+    engine: str = "auto",
+    progress: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    r"""Train a model for one epoch of minibatch SGD, in place.
+
+    For every minibatch B of images, in a random order, the parameters move as by ``torch.optim.SGD`` along the gradient
+    of the mean softmax cross-entropy of ``model(scale * images[B] + shift)``. A network of linear layers in float32 on
+    the CPU is trained by one compiled op, which visits only the pixels that are not 0 where most of them are; anything
+    else step by step with autograd. Both give the same up to rounding.
+
+    Args:
+        model: maps (batch, features) to logits; what the compiled op can train, :func:`layers_of` says.
+        images: the training images, in memory; each is flattened to its features.
+        labels: the class of each image.
+        batch_size: images in a minibatch; the last one may be smaller.
+        lr: learning rate, or one for each minibatch; needed unless an optimizer is given.
+        momentum: momentum, 0 for plain SGD. What it accumulates is kept from call to call: :func:`optimizer_of`.
+        weight_decay: factor of the L2 penalty.
+        optimizer: of the model's parameters; gives learning rate, momentum and weight decay in place of the arguments,
+            and keeps the momentum.
+        criterion: the loss of logits and labels, a mean; None for the softmax cross-entropy.
+        generator: the source of the random order; None for torch's global one.
+        order: the indices of the images in the order in which they are used, in place of a random one.
+        scale: by which pixels are multiplied.
+        shift: added to them after that.
+        engine: "epoch" for the compiled op, "autograd" for single steps, "auto" for the first where it can be used.
+        progress: called between minibatches with the number of images since the last call and the last mean loss.
+
+    Shape:
+        - images: :math:`(N, *)`, uint8 or floating-point
+        - labels: :math:`(N)`, int64
+        - order: :math:`(M)`, int64, values in :math:`[0, N)`; :math:`M = N` where it is random
+
+    Returns:
+        The mean loss over the epoch, while the parameters moved, as a tensor of shape () and dtype float64.
+
+    Raises:
+        FloatingPointError: if the loss of a minibatch is not finite, which the message names.
+        IndexError: if a label or an index is out of range.
+        KeyboardInterrupt: after Ctrl-C, between two minibatches; the model holds what it has learned so far.
+        RuntimeError: if a shape or dtype does not fit.
+        ValueError: if an option is not known or out of its range, or the engine cannot train this model.
+
+    Example:
+        >>> images, labels = torch.randint(256, (100, 8, 8), dtype=torch.uint8), torch.randint(10, (100,))
+        >>> model = nn.MLP(64, [32], 10)
+        >>> losses = [train_epoch(model, images, labels, batch_size=20, lr=0.5).item() for epoch in range(20)]
+        >>> losses[-1] < losses[0]
+        True
+
+    Source: Bottou, Large-Scale Machine Learning with Stochastic Gradient Descent, 2010; Bishop, Pattern Recognition and
+    Machine Learning, 2006, section 5.3.
+    """
+    engine = choose_engine(model, criterion, engine)
+    images, order = _check_data(images, labels, batch_size, order, generator)
+    optimizer = _prepare_optimizer(model, optimizer, lr, momentum, weight_decay)
+    rates = _learning_rates(optimizer, lr, math.ceil(len(order) / batch_size))
+    run = _run_compiled if engine == "epoch" else _run_autograd
+    losses: list[Tensor] = []
+    done = 0  # images
+    for part in run(model, criterion, optimizer, images, labels, order, batch_size, rates, scale, shift):
+        losses.append(part)
+        images_of_part = min(batch_size * len(part), len(order) - done)
+        done += images_of_part
+        if progress is not None:
+            progress(images_of_part, part[-1])
+    return _mean_loss(torch.cat(losses), batch_size, len(order))
+
+
+def _check_data(
+    images: Tensor, labels: Tensor, batch_size: int, order: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Images as rows of features, and the order in which they are used."""
+    if images.dim() < 2 or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise RuntimeError(
+            "train_epoch: expected images of shape (N, *) and labels of shape (N,) and dtype int64, got "
+            f"{tuple(images.shape)} and {tuple(labels.shape)}, {labels.dtype}"
+        )
+    if not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise RuntimeError(f"train_epoch: expected uint8 or floating-point images, got {images.dtype}")
+    if labels.device != images.device:
+        raise RuntimeError(
+            f"train_epoch: expected labels on the device of images, {images.device}, got {labels.device}"
+        )
+    if order is None:
+        device = images.device if generator is None else generator.device
+        order = torch.randperm(len(images), generator=generator, device=device)
+    if order.dim() != 1 or order.dtype != torch.int64:
+        raise RuntimeError(
+            f"train_epoch: expected order of shape (M,) and dtype int64, got {tuple(order.shape)}, {order.dtype}"
+        )
+    if not 1 <= batch_size <= max(1, len(order)) or len(order) == 0:
+        raise ValueError(
+            f"train_epoch: expected batch_size from 1 to the number of images, got {batch_size} for {len(order)} images"
+        )
+    return images.flatten(1), order.to(images.device)
+
+
+def _prepare_optimizer(
+    model: torch.nn.Module,
+    optimizer: torch.optim.SGD | None,
+    lr: float | Sequence[float] | Tensor | None,
+    momentum: float,
+    weight_decay: float,
+) -> torch.optim.SGD:
+    """The optimizer whose state this epoch goes on with."""
+    if optimizer is None:
+        if lr is None:
+            raise ValueError("train_epoch: expected lr or an optimizer, got neither")
+        if model not in _optimizers:
+            # By its parameters' place, since a model that moves to another device may get new ones.
+            _optimizers[model] = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = _optimizers[model]
+        optimizer.param_groups[0].update(momentum=momentum, weight_decay=weight_decay)
+        if isinstance(lr, float | int):
+            optimizer.param_groups[0]["lr"] = float(lr)
+    elif momentum or weight_decay:
+        raise ValueError(
+            "train_epoch: expected momentum and weight_decay from the optimizer, got them as arguments too"
+        )
+    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
+        raise ValueError(f"train_epoch: expected a torch.optim.SGD with one group of parameters, got {optimizer}")
+    group = optimizer.param_groups[0]
+    for name in ("dampening", "nesterov", "maximize"):
+        if group[name]:
+            raise ValueError(f"train_epoch: expected an optimizer without {name}, got {name}={group[name]}")
+    if [id(p) for p in group["params"]] != [id(p) for p in model.parameters()]:
+        raise ValueError("train_epoch: expected the optimizer of the model's parameters, got that of others")
+    return optimizer
+
+
+def _learning_rates(optimizer: torch.optim.SGD, lr: float | Sequence[float] | Tensor | None, steps: int) -> Tensor:
+    """The learning rate of each minibatch."""
+    if lr is None:
+        lr = float(optimizer.param_groups[0]["lr"])
+    rates = torch.as_tensor(lr, dtype=torch.float64, device="cpu")
+    if rates.dim() == 0:
+        rates = rates.expand(steps)
+    if rates.shape != (steps,):
+        raise ValueError(
+            f"train_epoch: expected one lr, or one for each of {steps} minibatches, got {tuple(rates.shape)}"
+        )
+    if not bool((rates >= 0).all()) or not bool(rates.isfinite().all()):
+        raise ValueError("train_epoch: expected lr of at least 0 and finite, got others")
+    return rates.contiguous()
+
+
+def _mean_loss(losses: Tensor, batch_size: int, samples: int) -> Tensor:
+    """The mean over the samples of the means over minibatches."""
+    sizes = torch.full_like(losses, batch_size)
+    sizes[-1] = samples - batch_size * (len(losses) - 1)
+    return (losses * sizes).sum() / samples
+
+
+def _check_losses(losses: Tensor, first: int) -> Tensor:
+    finite = losses.isfinite()
+    if not bool(finite.all()):
+        wrong = int((~finite).nonzero()[0])
+        raise FloatingPointError(
+            f"train_epoch: the loss is {losses[wrong].item()} in minibatch {first + wrong} (counted from 0); a lower "
+            "learning rate may help"
+        )
+    return losses
+
+
+def _run_compiled(
+    model: torch.nn.Module,
+    criterion: torch.nn.Module | None,
+    optimizer: torch.optim.SGD,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    batch_size: int,
+    rates: Tensor,
+    scale: float,
+    shift: float,
+) -> Iterator[Tensor]:
+    """Yield the losses of some minibatches at a time, each time of one call of the op."""
+    layers = layers_of(model)
+    if images.shape[1] != layers[0].linear.in_features:
+        raise RuntimeError(
+            f"train_epoch: expected images of {layers[0].linear.in_features} features, got {images.shape[1]}"
+        )
+    group = optimizer.param_groups[0]
+    parameters = [p for layer in layers for p in (layer.linear.weight, layer.linear.bias)]
+    none = torch.empty(0)
+    velocities = []
+    if group["momentum"]:
+        for parameter in parameters:
+            if parameter is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            velocities.append(none if parameter is None else optimizer.state[parameter]["momentum_buffer"])
+    values = [none if p is None else p.detach() for p in parameters]
+    images = images.contiguous() if images.dtype == torch.uint8 else images.to(torch.float32).contiguous()
+    sample = images[order[:: max(1, len(order) // _SAMPLED_IMAGES)]]
+    skips_zeros = bool((sample != 0).float().mean() <= _MOST_NONZERO)
+    operations = 6 * batch_size * sum(value.numel() for value in values)
+    steps_per_call = max(1, int(_OPERATIONS_PER_CALL / operations))
+    for first in range(0, len(rates), steps_per_call):
+        last = first + steps_per_call
+        losses = ops.train_epoch(
+            images,
+            labels.contiguous(),
+            order[first * batch_size : last * batch_size].contiguous(),
+            values[::2],
+            values[1::2],
+            velocities,
+            [layer.activation for layer in layers],
+            batch_size,
+            rates[first:last],
+            group["momentum"],
+            group["weight_decay"],
+            scale,
+            shift,
+            skips_zeros,
+        )
+        torch.autograd.graph.increment_version([p for p in parameters if p is not None])
+        yield _check_losses(losses, first)
+
+
+def _run_autograd(
+    model: torch.nn.Module,
+    criterion: torch.nn.Module | None,
+    optimizer: torch.optim.SGD,
+    images: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    batch_size: int,
+    rates: Tensor,
+    scale: float,
+    shift: float,
+) -> Iterator[Tensor]:
+    """Yield the losses of some minibatches at a time, which are checked then: a GPU would wait at each."""
+    criterion = functional.cross_entropy if criterion is None else criterion
+    dtype = next(model.parameters()).dtype
+    group = optimizer.param_groups[0]
+    before = group["lr"]
+    losses: list[Tensor] = []
+    first = 0
+    for step, (index, rate) in enumerate(zip(order.split(batch_size), rates.tolist(), strict=True)):
+        group["lr"] = rate
+        input = images.index_select(0, index).to(dtype).mul_(scale).add_(shift)
+        loss = criterion(model(input), labels.index_select(0, index))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double())
+        if len(losses) == _STEPS_PER_CHECK or step == len(rates) - 1:
+            yield _check_losses(torch.stack(losses), first)
+            first, losses = step + 1, []
+    group["lr"] = before
