@@ -12,8 +12,6 @@
 // cache; the gradient in one sweep, p never stored. What visits every logit is in softmax.h, for float and bfloat16;
 // the other dtypes take plain loops. Threads: by blocks of rows. The loss is summed per block, then over the blocks;
 // their number depends on the shape alone, so that the bits do not depend on the number of threads.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -262,21 +260,9 @@ bool cross_entropy_backward_rows(const scalar_t* grad_output, int64_t grad_strid
   return are_right;
 }
 
-// Memory of this size comes fresh from the system each time, page by page. Asked for larger pages, it comes in a third
-// of the time; a system that has none ignores the wish.
+// A result of this size comes fresh from the system each time, page by page. With large pages it comes in a third of
+// the time.
 constexpr size_t kFreshBytes = 2 << 20;
-
-void prefer_large_pages(const Tensor& fresh) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 4096;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-  const size_t bytes = size_t(fresh.numel()) * fresh.element_size();
-  if (bytes >= kFreshBytes) {
-    const uintptr_t first = (begin + page - 1) / page * page;
-    madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);
-  }
-#endif
-}
 
 // --- the ops ---
 
@@ -324,7 +310,9 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
   const int64_t* labels = y.const_data_ptr<int64_t>();
 
   Tensor grad_input = empty(sizes_of(input), input.scalar_type(), input);
-  prefer_large_pages(grad_input);
+  if (const size_t bytes = size_t(grad_input.numel()) * grad_input.element_size(); bytes >= kFreshBytes) {
+    prefer_large_pages(grad_input.mutable_data_ptr(), bytes);
+  }
   dispatch_floating(input.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     using compute = compute_t<scalar_t>;

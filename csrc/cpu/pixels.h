@@ -236,13 +236,17 @@ void normalize(const T* x, int64_t count, float scale, float shift, float* y) {
 }
 
 int64_t sum_of_bytes(const uint8_t* bytes, int64_t count) {
-  int64_t sum = 0;
-  for (int64_t first = 0; first < count; first += 4096) {
-    int32_t part = 0;
-    for (int64_t k = first; k < min(count, first + 4096); ++k) {
-      part += bytes[k];
-    }
-    sum += part;
+  int64_t sum = 0, k = 0;
+#if TORCH_MLP_LANES == 16
+  __m512i sums = _mm512_setzero_si512();
+  for (; k < count; k += 64) {
+    const __mmask64 mask = count - k >= 64 ? ~uint64_t(0) : (uint64_t(1) << (count - k)) - 1;
+    sums = _mm512_add_epi64(sums, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(mask, bytes + k), _mm512_setzero_si512()));
+  }
+  sum = _mm512_reduce_add_epi64(sums);
+#endif
+  for (; k < count; ++k) {
+    sum += bytes[k];
   }
   return sum;
 }

@@ -1,6 +1,11 @@
 // Memory that a thread keeps from call to call, so that the ops allocate nothing but their results.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -31,6 +36,17 @@ T* scratch(int64_t count) {
     capacity = count;
   }
   return memory.get();
+}
+
+// Asks the system for large pages; one that has none ignores the wish.
+inline void prefer_large_pages(void* memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), first = (begin + page - 1) / page * page;
+  if (begin + bytes > first) {
+    madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / page * page, MADV_HUGEPAGE);
+  }
+#endif
 }
 
 }  // namespace torch_mlp

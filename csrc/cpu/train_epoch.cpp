@@ -22,10 +22,12 @@
 #include <new>
 #include <numeric>
 #include <thread>
+#include <utility>
 
 #include "../activation.h"
 #include "../tensor.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace torch_mlp {
 namespace {
@@ -66,22 +68,32 @@ class Barrier {
   alignas(64) std::atomic<int64_t> turn_{0};
 };
 
-// Zeroed memory on 64-byte boundaries, all from one block, whose pages are large where the system has such.
+// Zeroed memory on 64-byte boundaries in large pages: the weights are visited in an order in which pages of 4 KiB,
+// wherever the system puts them, would crowd each other out of the caches.
 class Arena {
  public:
   template <typename T>
   T* take(int64_t count) {
-    constexpr int64_t line = 64;
-    blocks_.emplace_back(static_cast<char*>(::operator new(count * sizeof(T) + line, std::align_val_t{line})));
-    std::memset(blocks_.back().get(), 0, count * sizeof(T) + line);
-    return reinterpret_cast<T*>(blocks_.back().get());
+    const int64_t bytes = ceil_div(std::max<int64_t>(1, count) * int64_t(sizeof(T)), kLine) * kLine;
+    if (bytes > left_) {
+      left_ = ceil_div(std::max(bytes, kBlock), kLargePage) * kLargePage;
+      blocks_.emplace_back(static_cast<char*>(::operator new(left_, std::align_val_t(kLargePage))));
+      next_ = blocks_.back().get();
+      prefer_large_pages(next_, left_);
+      std::memset(next_, 0, left_);
+    }
+    left_ -= bytes;
+    return reinterpret_cast<T*>(std::exchange(next_, next_ + bytes));
   }
 
  private:
+  static constexpr int64_t kLine = 64, kLargePage = 2 << 20, kBlock = 2 * kLargePage;
   struct Free {
-    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(kLargePage)); }
   };
   std::vector<std::unique_ptr<char, Free>> blocks_;
+  char* next_ = nullptr;
+  int64_t left_ = 0;
 };
 
 struct Range {
@@ -340,8 +352,30 @@ class Trainer {
                       : table_.normalize_floats(images_.floats + image * features, features, scale, shift, to);
       }
     }
-    for (int64_t b = images.begin; options_.skips_zeros && b < images.end; b += 16) {
-      table_.pixels.transpose(minibatch.rows.data() + b, features, minibatch.columns + b, padded_batch_);
+    fetch(i + 1);
+    if (options_.skips_zeros) {
+      // By pixels: two threads that write into one line of the cache would wait for each other.
+      const Range pixels = part(features, t, 16);
+      for (int64_t b = 0; b < padded_batch_; b += 16) {
+        std::array<const uint8_t*, 16> rows;
+        for (int64_t l = 0; l < 16; ++l) {
+          rows[l] = (b + l < size ? images_.bytes + order[b + l] * features : no_image_) + pixels.begin;
+        }
+        table_.pixels.transpose(rows.data(), pixels.size(), minibatch.columns + pixels.begin * padded_batch_ + b,
+                                padded_batch_);
+      }
+    }
+  }
+
+  // The images of minibatch i, which lie anywhere in memory. Every thread reads all of them.
+  void fetch(int64_t i) const {
+    const int64_t features = layers_[0].ins;
+    const int64_t* order = images_.order + i * options_.batch_size;
+    for (int64_t b = 0; i < steps_ && images_.bytes && b < size_of(i); ++b) {
+      const uint8_t* image = images_.bytes + order[b] * features;
+      for (int64_t k = 0; k < features; k += 64) {
+        __builtin_prefetch(image + k, 0, 2);
+      }
     }
   }
 
