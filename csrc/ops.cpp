@@ -11,6 +11,15 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "_linear_act_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor output, str activation, "
       "bool needs_grad_input, bool needs_grad_weight, bool needs_grad_bias) -> (Tensor, Tensor, Tensor)");
 
+  // the outputs of every layer of a multilayer perceptron, the last without activation
+  m.def("mlp(Tensor input, Tensor[] weights, Tensor?[] biases, str activation) -> Tensor[]");
+
+  // the gradients of input, and of weight and bias of each layer, in the order of needs_grad; one that is not needed
+  // comes back as an empty tensor
+  m.def(
+      "_mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor[] outputs, str activation, "
+      "int[] needs_grad) -> Tensor[]");
+
   // (loss, lse, total_weight); lse (2, batch) holds each row's maximum and sum(exp(row - maximum))
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "

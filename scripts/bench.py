@@ -2,8 +2,8 @@
 """Time torch_mlp's ops beside torch eager and torch.compile, in one process and in turns, losses included.
 
 Forward + backward through autograd, and the forward pass alone. Beside them run, in the same turns, our two ops called
-directly ("ops"), the processor's own peak (multiplications and additions that wait for nothing) and a copy to new
-memory. What the ops do not take is taken by autograd and Python, whatever the kernels do. Together they give the limit:
+directly ("ops"), the processor's own peak (multiplications and additions that wait for nothing) and a copy of the
+logits. What the ops do not take is taken by autograd and Python, whatever the kernels do. Together they give the limit:
 the ratio if products ran at the peak, or if cross-entropy took no longer than two exponentials a logit at the peak or a
 copy of the logits, whichever is longer. Every figure is the median over the turns.
 """
@@ -25,6 +25,7 @@ from typing import Any
 # Threads that wait by spinning stop each other on a machine that is shared, see train_mnist.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import bench_train
 import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -38,7 +39,7 @@ LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000), (4096, 1000), (512, 32
 QUICK_LINEAR = ((1, 784, 512), (64, 784, 128), (64, 784, 512), (128, 512, 512), (512, 512, 512), (64, 256, 10))
 QUICK_LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000))
 BFLOAT16_LAYERS = ((512, 512), (1024, 1024))
-MULTIPLY_ADDS_OF_EXP = 9  # of the vector kernels, see csrc/cpu/vector.h
+MULTIPLY_ADDS_OF_EXP = 10  # whose time one takes in a loop of nothing else, of which 9 are its own: csrc/cpu/vector.h
 CUDA_LINEAR = ((64, 784, 512), (256, 1024, 1024), (8192, 1024, 4096), (4096, 4096, 4096))
 CUDA_LOGITS = ((64, 10), (65536, 10), (16384, 1000), (8192, 32000), (4096, 128256))
 
@@ -170,7 +171,9 @@ class Case:
         if self.device == "cpu":
             steps["peak"] = multiply_adds
             if self.op == "cross_entropy":
-                steps["copy"] = self.inputs[0].detach().clone  # to new memory, as the gradient is
+                source = torch.empty(self.inputs[0].shape, dtype=self.dtype)
+                target = torch.zeros_like(source)
+                steps["copy"] = lambda: target.copy_(source)
             elif self.dtype == torch.float32:
                 steps["work"] = self.work_at_peak
             elif self.dtype == torch.bfloat16:
@@ -331,10 +334,18 @@ def describe() -> str:
     )
 
 
+def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """All rows, if asked for."""
+    if path:
+        path.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("op", choices=("linear", "cross_entropy", "all"), nargs="?", default="all")
+    parser.add_argument(
+        "op", choices=("linear", "cross_entropy", "all", "train"), nargs="?", default="all", help="train: a whole epoch"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads, in turn")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "both"), default="both", help="both: bfloat16 on a few shapes only"
@@ -344,6 +355,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--turns", type=int, default=9, help="how often each is measured")
     parser.add_argument("--seconds", type=float, default=0.005, help="about how long, each time")
+    parser.add_argument("--data-dir", default=os.environ.get("TORCH_MLP_DATA", "data"), help="of MNIST, for train")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all ratios, as PNG or PDF")
     arguments = parser.parse_args()
@@ -353,6 +365,10 @@ def main() -> None:
     if "bfloat16" in dtypes and arguments.device == "cpu":
         check_bfloat16()
     print(describe())
+    if arguments.op == "train":
+        rows = bench_train.run(arguments.threads, arguments.data_dir, min(arguments.turns, 5), arguments.quick)
+        write(arguments.json, rows)
+        return
     print("microseconds, medians; ratio: the better of eager and compile over ours; error: ours over eager's\n")
 
     # The allocator keeps from now on what is given back to it, as in a process that has trained for a while. Before, it
@@ -360,7 +376,7 @@ def main() -> None:
     # from blocks of less than 32 MiB only, and always fetches larger ones anew.
     torch.empty(28 << 20, dtype=torch.uint8)
 
-    rows: list[dict[str, Any]] = []
+    rows = []
     todo = [(threads, *case) for threads in arguments.threads for name in dtypes for case in plan(arguments, name)]
     start = time.monotonic()
     try:
@@ -386,8 +402,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("\n".join(scaling(rows)))
     print(f"{time.monotonic() - start:.0f} s; load {os.getloadavg()[0]:.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+    write(arguments.json, rows)
     if arguments.plot and rows:
         plot(rows, arguments.plot)
 

@@ -21,7 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import torch_mlp
-from torch_mlp import checkpoint, data, epoch, plot, training
+from torch_mlp import checkpoint, data, plot, training
+from torch_mlp.engine import ENGINES, choose_engine
 
 STOCK_ACTIVATIONS = {
     "identity": torch.nn.Identity,
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     machine.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     machine.add_argument(
         "--engine",
-        choices=epoch.ENGINES,
+        choices=ENGINES,
         default="auto",
         help="epoch: compiled, many minibatches a call; autograd: step by step; auto: epoch where it can be used",
     )
@@ -201,7 +202,7 @@ def main() -> int:
     if arguments.reference:
         models["torch"], criteria["torch"] = stock_twin(model), torch.nn.CrossEntropyLoss()
     try:
-        engine = epoch.choose_engine(model, criteria["torch_mlp"], arguments.engine)
+        engine = choose_engine(model, criteria["torch_mlp"], arguments.engine)
     except ValueError as error:
         fail(str(error))
     print(

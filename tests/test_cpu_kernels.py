@@ -34,7 +34,9 @@ def test_every_instruction_set(level):
         pytest.skip(f"needs {level}: {result.stderr.strip().splitlines()[-1]}")
     assert result.stdout.strip() == level
     folder = os.path.dirname(__file__)
-    files = [os.path.join(folder, f"test_{name}.py") for name in ("cpu_kernels", "linear_act", "cross_entropy")]
+    files = [
+        os.path.join(folder, f"test_{name}.py") for name in ("cpu_kernels", "linear_act", "cross_entropy", "epoch")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not cuda", *files]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(folder))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]

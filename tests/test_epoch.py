@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_mlp import epoch, nn, train_epoch
+from torch_mlp.engine import choose_engine, layers_of
 
 STOCK = {"identity": torch.nn.Identity, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 
@@ -278,8 +279,8 @@ def test_stock_layers_are_trained_too():
     images, labels = some_data()
     model = SEQUENTIAL(torch.nn.Flatten(), LINEAR(40, 12), torch.nn.Tanh(), nn.LinearSigmoid(12, 8), LINEAR(8, 5))
     twin = nn.MLP(40, [12, 8], 5)
-    assert [layer.activation for layer in epoch.layers_of(model)] == ["tanh", "sigmoid", "identity"]
-    assert epoch.choose_engine(model) == epoch.choose_engine(twin) == "epoch"
+    assert [layer.activation for layer in layers_of(model)] == ["tanh", "sigmoid", "identity"]
+    assert choose_engine(model) == choose_engine(twin) == "epoch"
     before = train_epoch(model, images, labels, batch_size=20, lr=0.5)
     for _ in range(20):
         after = train_epoch(model, images, labels, batch_size=20, lr=0.5)
@@ -288,7 +289,6 @@ def test_stock_layers_are_trained_too():
 
 def hooked():
     model = nn.MLP(40, [12], 5)
-    model[0].register_forward_hook(lambda *_: None) if hasattr(model, "__getitem__") else None
     next(model.children()).register_forward_hook(lambda *_: None)
     return model
 
@@ -327,7 +327,7 @@ def test_models_the_op_cannot_train(model, sentence):
     model = model()
     with pytest.raises(ValueError, match=f"train_epoch: .*{sentence}.*; use the engine autograd"):
         train_epoch(model, images, labels, batch_size=10, lr=0.1, engine="epoch")
-    assert epoch.choose_engine(model) == "autograd"
+    assert choose_engine(model) == "autograd"
 
 
 GOOD = {"batch_size": 10, "lr": 0.1}

@@ -48,12 +48,47 @@ def cross_entropy_backward_samples(device):
         yield torch.randn_like(loss), input, target, weight, lse, total_weight, *options
 
 
+def mlp_samples(device):
+    for dtype in (torch.float64, torch.bfloat16):
+        for activation in torch_mlp.functional.ACTIVATIONS:
+            tensors = [torch.randn(6, 5), torch.randn(3, 6), torch.randn(6), torch.randn(2, 4, 5)]
+            one, two, bias, input = (tensor.to(device, dtype) for tensor in tensors)
+            yield input, [one, two], [bias, None], activation
+            yield input[0], [one], [None], activation
+
+
+def mlp_backward_samples(device):
+    for input, weights, biases, activation in mlp_samples(device):
+        outputs = torch.ops.torch_mlp.mlp(input, weights, biases, activation)
+        for first in range(1 + 2 * len(weights)):
+            needs = [0] * first + [1] * (1 + 2 * len(weights) - first)
+            yield torch.randn_like(outputs[-1]), input, weights, outputs, activation, needs
+
+
+def train_epoch_samples(device):
+    """Of a learning rate of 0, which leaves the parameters as they are, so that the op can be called again."""
+    images, labels = torch.randint(256, (20, 5), dtype=torch.uint8), torch.randint(3, (20,))
+    weights, biases = [torch.randn(4, 5), torch.randn(3, 4)], [torch.randn(4), torch.empty(0)]
+    rest = (["tanh", "identity"], 6, torch.zeros(4, dtype=torch.float64), 0.0, 0.0, 1.0, 0.0)
+    for skips_zeros in (False, True):
+        yield images, labels, torch.randperm(20), weights, biases, [], *rest, skips_zeros
+
+
 SAMPLES = {
     "linear_act": linear_act_samples,
     "_linear_act_backward": linear_act_backward_samples,
     "cross_entropy": cross_entropy_samples,
     "_cross_entropy_backward": cross_entropy_backward_samples,
+    "mlp": mlp_samples,
+    "_mlp_backward": mlp_backward_samples,
+    "_train_epoch": train_epoch_samples,
 }
+ON_CPU_ONLY = ("_train_epoch",)
+
+
+def skip_without_kernel(device, name):
+    if device == "cuda" and name in ON_CPU_ONLY:
+        pytest.skip(f"{name} has no CUDA kernel")
 
 
 def test_every_op_has_samples():
@@ -62,6 +97,7 @@ def test_every_op_has_samples():
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(device, name):
+    skip_without_kernel(device, name)
     op = getattr(torch.ops.torch_mlp, name).default
     for sample in SAMPLES[name](device):
         results = torch.library.opcheck(op, sample)
@@ -70,13 +106,14 @@ def test_opcheck(device, name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_kernels_are_registered(name):
-    keys = ["CPU"] + ["CUDA"] * torch_mlp.ops.has_cuda_kernels()
+    keys = ["CPU"] + ["CUDA"] * (torch_mlp.ops.has_cuda_kernels() and name not in ON_CPU_ONLY)
     for key in keys:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mlp::{name}", key)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_two_calls_give_the_same_bits(device, name):
+    skip_without_kernel(device, name)
     op = getattr(torch.ops.torch_mlp, name).default
     for sample in SAMPLES[name](device):
         first, second = op(*sample), op(*sample)

@@ -1,38 +1,21 @@
 """A whole epoch of minibatch SGD in one call."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from torch_mlp import functional, nn, ops
+from torch_mlp import functional, ops
+from torch_mlp.engine import choose_engine, layers_of
 
-ENGINES = ("auto", "epoch", "autograd")
-
-_ACTIVATIONS = {
-    torch.nn.Identity: "identity",
-    torch.nn.Sigmoid: "sigmoid",
-    torch.nn.Tanh: "tanh",
-    torch.nn.ReLU: "relu",
-}
-_CRITERIA = (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss)
 _OPERATIONS_PER_CALL = 2e10  # of the compiled op, 0.1 to 0.2 seconds: between calls Ctrl-C is noticed
 _STEPS_PER_CHECK = 20  # of autograd
 _SAMPLED_IMAGES = 1000
 _MOST_NONZERO = 0.6  # of the pixels, up to which skipping the others pays
 
 _optimizers: WeakKeyDictionary[torch.nn.Module, torch.optim.SGD] = WeakKeyDictionary()
-
-
-class Layer(NamedTuple):
-    """A linear layer of a network and the name of the activation behind it."""
-
-    linear: torch.nn.Linear
-    activation: str
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
@@ -44,8 +27,9 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
         KeyError: if there is none.
 
     Example:
+        >>> import torch_mlp
         >>> images, labels = torch.randint(256, (100, 64), dtype=torch.uint8), torch.randint(10, (100,))
-        >>> model = nn.MLP(64, [32], 10)
+        >>> model = torch_mlp.nn.MLP(64, [32], 10)
         >>> loss = train_epoch(model, images, labels, batch_size=20, lr=0.1, momentum=0.9)
         >>> optimizer_of(model).param_groups[0]["momentum"]
         0.9
@@ -53,107 +37,6 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
     if model not in _optimizers:
         raise KeyError("optimizer_of: expected a model that train_epoch has trained without an optimizer of yours")
     return _optimizers[model]
-
-
-def layers_of(model: torch.nn.Module) -> list[Layer]:
-    """The layers of a network that the compiled op can train: linear layers, each with an activation or none.
-
-    Args:
-        model: an :class:`torch_mlp.nn.MLP`, or a :class:`torch.nn.Sequential` of ``LinearAct``, ``LinearSigmoid``, or
-            ``torch.nn.Linear`` followed by ``Sigmoid``, ``Tanh``, ``ReLU`` or nothing; a ``Flatten`` may come first.
-
-    Raises:
-        ValueError: for any other model; the message names the layer and says why.
-
-    Example:
-        >>> [layer.activation for layer in layers_of(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()))]
-        ['tanh']
-    """
-    if type(model) not in (nn.MLP, torch.nn.Sequential):
-        raise ValueError(f"train_epoch: expected an MLP or a Sequential of linear layers, got {type(model).__name__}")
-    layers: list[Layer] = []
-    can_follow = False  # whether the last layer has no activation yet
-    for name, module in [("the model itself", model), *model.named_children()]:
-        kind = type(module)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks):
-            raise ValueError(f"train_epoch: expected layers without hooks, got some on {name} ({kind.__name__})")
-        if module is model or (kind is torch.nn.Flatten and module.start_dim == 1 and not layers):
-            continue
-        if isinstance(module, nn.LinearAct) and kind in (nn.LinearAct, nn.LinearSigmoid):
-            layers.append(Layer(module, module.activation))
-        elif isinstance(module, torch.nn.Linear) and kind is torch.nn.Linear:
-            layers.append(Layer(module, "identity"))
-        elif kind in _ACTIVATIONS and can_follow:
-            layers[-1] = layers[-1]._replace(activation=_ACTIVATIONS[kind])
-        else:
-            raise ValueError(
-                f"train_epoch: expected linear layers, each with one activation or none, got {kind.__name__} as layer "
-                f"{name}"
-            )
-        can_follow = kind is torch.nn.Linear
-    if not layers:
-        raise ValueError("train_epoch: expected a network of at least one linear layer, got none")
-    if layers[-1].activation != "identity":
-        raise ValueError(
-            f"train_epoch: expected a last layer that gives logits, got a {layers[-1].activation} behind it"
-        )
-    return layers
-
-
-def _check_parameters(layers: list[Layer]) -> None:
-    """Raise ValueError where the compiled op cannot train these parameters."""
-    parameters = {f"{i}.{name}": p for i, layer in enumerate(layers) for name, p in layer.linear.named_parameters()}
-    for name, parameter in parameters.items():
-        if parameter.dtype != torch.float32 or not parameter.is_cpu:
-            raise ValueError(
-                f"train_epoch: expected float32 parameters on the CPU, got {parameter.dtype} on {parameter.device} in "
-                f"layer {name}"
-            )
-        if not parameter.requires_grad or not parameter.is_contiguous():
-            state = "is not contiguous" if parameter.requires_grad else "requires no grad"
-            raise ValueError(
-                f"train_epoch: expected contiguous parameters that require grad, got one in {name} that {state}"
-            )
-    ranges = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, name) for name, p in parameters.items())
-    for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
-        if begin < end:
-            raise ValueError(f"train_epoch: expected parameters of their own, got {name} and {other} that share memory")
-
-
-def choose_engine(model: torch.nn.Module, criterion: torch.nn.Module | None = None, engine: str = "auto") -> str:
-    """The engine of :func:`train_epoch` for this model: "epoch" where the compiled op can train it, else "autograd".
-
-    Raises:
-        ValueError: if engine is "epoch" and it cannot, or is not known.
-
-    Example:
-        >>> choose_engine(nn.MLP(64, [32], 10)), choose_engine(nn.MLP(64, [32], 10).double())
-        ('epoch', 'autograd')
-    """
-    if engine not in ENGINES:
-        raise ValueError(f"train_epoch: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
-    if engine == "autograd":
-        return engine
-    try:
-        _check_parameters(layers_of(model))
-        if criterion is not None and not _is_plain_cross_entropy(criterion):
-            raise ValueError(f"train_epoch: expected the plain mean cross-entropy as criterion, got {criterion}")
-    except ValueError as error:
-        if engine == "epoch":
-            raise ValueError(f"{error}; use the engine autograd") from None
-        return "autograd"
-    return "epoch"
-
-
-def _is_plain_cross_entropy(criterion: torch.nn.Module) -> bool:
-    return (
-        type(criterion) in _CRITERIA
-        and criterion.weight is None
-        and criterion.reduction == "mean"
-        and criterion.label_smoothing == 0
-        and criterion.ignore_index < 0
-    )
 
 
 def train_epoch(
@@ -182,7 +65,8 @@ def train_epoch(
     else step by step with autograd. Both give the same up to rounding.
 
     Args:
-        model: maps (batch, features) to logits; what the compiled op can train, :func:`layers_of` says.
+        model: maps (batch, features) to logits; what the compiled op can train,
+            :func:`torch_mlp.engine.layers_of` says.
         images: the training images, in memory; each is flattened to its features.
         labels: the class of each image.
         batch_size: images in a minibatch; the last one may be smaller.
@@ -215,8 +99,9 @@ def train_epoch(
         ValueError: if an option is not known or out of its range, or the engine cannot train this model.
 
     Example:
+        >>> import torch_mlp
         >>> images, labels = torch.randint(256, (100, 8, 8), dtype=torch.uint8), torch.randint(10, (100,))
-        >>> model = nn.MLP(64, [32], 10)
+        >>> model = torch_mlp.nn.MLP(64, [32], 10)
         >>> losses = [train_epoch(model, images, labels, batch_size=20, lr=0.5).item() for epoch in range(20)]
         >>> losses[-1] < losses[0]
         True
@@ -280,8 +165,7 @@ def _prepare_optimizer(
     if optimizer is None:
         if lr is None:
             raise ValueError("train_epoch: expected lr or an optimizer, got neither")
-        if model not in _optimizers:
-            # By its parameters' place, since a model that moves to another device may get new ones.
+        if model not in _optimizers or not _is_optimizer_of(_optimizers[model], model):  # it may have new parameters
             _optimizers[model] = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer = _optimizers[model]
         optimizer.param_groups[0].update(momentum=momentum, weight_decay=weight_decay)
@@ -297,9 +181,13 @@ def _prepare_optimizer(
     for name in ("dampening", "nesterov", "maximize"):
         if group[name]:
             raise ValueError(f"train_epoch: expected an optimizer without {name}, got {name}={group[name]}")
-    if [id(p) for p in group["params"]] != [id(p) for p in model.parameters()]:
+    if not _is_optimizer_of(optimizer, model):
         raise ValueError("train_epoch: expected the optimizer of the model's parameters, got that of others")
     return optimizer
+
+
+def _is_optimizer_of(optimizer: torch.optim.SGD, model: torch.nn.Module) -> bool:
+    return [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
 
 
 def _learning_rates(optimizer: torch.optim.SGD, lr: float | Sequence[float] | Tensor | None, steps: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The ops with the signatures of ``torch.nn.functional``: values, gradients of any order, ``torch.compile``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn import _reduction as torch_reduction
 from torch_mlp import ops
 from torch_mlp.ops import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "cross_entropy", "linear_act", "linear_sigmoid"]
+__all__ = ["ACTIVATIONS", "cross_entropy", "linear_act", "linear_sigmoid", "mlp", "mlp_cross_entropy"]
 
 
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "sigmoid") -> Tensor:
@@ -58,6 +59,91 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         tensor([[0.5000, 0.5000]])
     """
     return linear_act(input, weight, bias, "sigmoid")
+
+
+def mlp(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str = "sigmoid"
+) -> Tensor:
+    r"""Apply all layers of a multilayer perceptron as one op and one autograd node; gives logits.
+
+    Stands for :func:`linear_act` once for each layer, with the activation but for the last. The parameters' gradients
+    come as usual, so that any optimizer works.
+
+    Args:
+        input: the values to map.
+        weights: the weight of each layer.
+        biases: the bias of each layer, or None.
+        activation: of the hidden layers: "identity", "sigmoid", "tanh" or "relu".
+
+    Shape:
+        - input: :math:`(*, in\_features)`, any leading dimensions, float64, float32, bfloat16 or float16
+        - weights: :math:`(out\_features, in\_features)` of each layer, of the dtype and device of input
+        - biases: :math:`(out\_features)` of each layer
+
+    Returns:
+        A tensor of shape :math:`(*, out\_features)` of the last layer, of the dtype of input.
+
+    Raises:
+        ValueError: if the activation is not known, or there are not as many biases as weights, or none.
+        RuntimeError: if a shape, dtype or device does not fit.
+
+    Example:
+        >>> input, weights = torch.rand(64, 784), [torch.randn(512, 784), torch.randn(10, 512)]
+        >>> mlp(input, weights, [torch.zeros(512), None], "relu").shape
+        torch.Size([64, 10])
+
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 5.1.
+    """
+    input, parameters = _check_mlp("mlp", input, weights, biases, activation)
+    return ops.mlp(input, parameters, activation)
+
+
+def mlp_cross_entropy(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    target: Tensor,
+    activation: str = "sigmoid",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""The loss of a multilayer perceptron as one autograd node: :func:`cross_entropy` of what :func:`mlp` gives.
+
+    Args:
+        input: the values to map, :math:`(N, in\_features)`.
+        weights: see :func:`mlp`.
+        biases: see :func:`mlp`.
+        target: for each row the index of its class, or ``ignore_index``, :math:`(N)`.
+        activation: see :func:`mlp`.
+        weight: see :func:`cross_entropy`, as all that follow.
+        ignore_index: rows with this target have loss 0 and gradient 0.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: the share of each target that is spread over all classes.
+
+    Returns:
+        A tensor of the dtype of input and of shape :math:`(N)` for reduction "none", otherwise :math:`()`.
+
+    Raises:
+        The errors of :func:`mlp` and :func:`cross_entropy`.
+
+    Example:
+        >>> weights = [torch.randn(512, 784), torch.randn(10, 512)]
+        >>> mlp_cross_entropy(torch.rand(64, 784), weights, [None, None], torch.randint(10, (64,))).shape
+        torch.Size([])
+
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, sections 5.1 and 5.2.
+    """
+    # Autocast computes the loss in float32, which is another dtype than that of the layers.
+    if input.dim() != 2 or _is_autocasting(input):
+        logits = mlp(input, weights, biases, activation)
+        return cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    input, parameters = _check_mlp("mlp_cross_entropy", input, weights, biases, activation)
+    target = _check_cross_entropy("mlp_cross_entropy", target, weight, reduction)
+    return ops.mlp_cross_entropy(
+        input, parameters, target, activation, weight, reduction, ignore_index, label_smoothing
+    )
 
 
 def cross_entropy(
@@ -112,25 +198,45 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch_reduction.legacy_get_string(size_average, reduce)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"cross_entropy: expected reduction to be one of none, mean, sum, got {reduction!r}")
-    if target.is_floating_point():
-        raise NotImplementedError(
-            f"cross_entropy: expected class indices of dtype torch.int64 as target, got {target.dtype}: class "
-            "probabilities are not supported yet, use torch.nn.functional.cross_entropy"
-        )
+    target = _check_cross_entropy("cross_entropy", target, weight, reduction)
     if input.dim() != 2:
         raise NotImplementedError(
             f"cross_entropy: expected input of shape (batch, num_classes), got {tuple(input.shape)}: other numbers of "
             "dimensions are not supported yet, use torch.nn.functional.cross_entropy"
         )
-    if weight is not None and weight.requires_grad:
-        raise RuntimeError("cross_entropy: expected weight not to require grad, for the loss has no gradient by it")
     if _is_autocasting(input):
         input, weight = _autocast(torch.float32, input, weight)
-    if target.dtype == torch.uint8:
-        target = target.long()
     return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+
+
+def _check_cross_entropy(op: str, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """The target as the ops take it."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{op}: expected reduction to be one of none, mean, sum, got {reduction!r}")
+    if target.is_floating_point():
+        raise NotImplementedError(
+            f"{op}: expected class indices of dtype torch.int64 as target, got {target.dtype}: class probabilities are "
+            "not supported yet, use torch.nn.functional.cross_entropy"
+        )
+    if weight is not None and weight.requires_grad:
+        raise RuntimeError(f"{op}: expected weight not to require grad, for the loss has no gradient by it")
+    return target.long() if target.dtype == torch.uint8 else target
+
+
+def _check_mlp(
+    op: str, input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The input and the parameters as the ops take them: weight, bias, weight, bias, ..."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"{op}: expected a weight and a bias, or None, for each layer, got {len(weights)} and {len(biases)}"
+        )
+    parameters = [parameter for layer in zip(weights, biases, strict=True) for parameter in layer]
+    if _is_autocasting(input):
+        input, *parameters = _autocast(None, input, *parameters)
+    return input, tuple(parameters)
 
 
 def _is_autocasting(input: Tensor) -> bool:

@@ -13,6 +13,8 @@
 // but for what the library computes.
 #include <algorithm>
 
+#include "../linear_act.h"
+
 #include "../activation.h"
 #include "../tensor.h"
 #include "dtypes.h"
@@ -196,6 +198,25 @@ void forward_by_library(const Tensor& x, const Tensor& weight, const std::option
   }
 }
 
+// A matrix (rows, cols) of scratch memory. Its rows begin in different lines of a cache set, so that a column of it
+// fits the cache too, whatever power of two cols may be.
+template <typename scalar_t>
+Tensor scratch_matrix(int64_t rows, int64_t cols, const Tensor& like) {
+  constexpr int64_t line = 64 / sizeof(scalar_t);
+  const int64_t stride = (ceil_div(cols, line) | 1) * line;
+  if (rows * stride * int64_t(sizeof(scalar_t)) > kMaxScratchBytes) {
+    return empty({rows, cols}, like.scalar_type(), like);
+  }
+  const std::array<int64_t, 2> sizes{rows, cols}, strides{stride, 1};
+  AtenTensorHandle view;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(scratch<GradZ, scalar_t>(rows * stride), 2, sizes.data(),
+                                                            strides.data(), 0, int32_t(like.scalar_type()),
+                                                            aoti_torch_device_type_cpu(), 0, &view));
+  return Tensor(view);
+}
+
+}  // namespace
+
 // --- the ops ---
 
 Tensor linear_act_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -221,23 +242,6 @@ Tensor linear_act_cpu(const Tensor& input, const Tensor& weight, const std::opti
     });
   });
   return output;
-}
-
-// A matrix (rows, cols) of scratch memory. Its rows begin in different lines of a cache set, so that a column of it
-// fits the cache too, whatever power of two cols may be.
-template <typename scalar_t>
-Tensor scratch_matrix(int64_t rows, int64_t cols, const Tensor& like) {
-  constexpr int64_t line = 64 / sizeof(scalar_t);
-  const int64_t stride = (ceil_div(cols, line) | 1) * line;
-  if (rows * stride * int64_t(sizeof(scalar_t)) > kMaxScratchBytes) {
-    return empty({rows, cols}, like.scalar_type(), like);
-  }
-  const std::array<int64_t, 2> sizes{rows, cols}, strides{stride, 1};
-  AtenTensorHandle view;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(scratch<GradZ, scalar_t>(rows * stride), 2, sizes.data(),
-                                                            strides.data(), 0, int32_t(like.scalar_type()),
-                                                            aoti_torch_device_type_cpu(), 0, &view));
-  return Tensor(view);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cpu(const Tensor& grad_output, const Tensor& input,
@@ -288,7 +292,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cpu(const Tensor& grad_ou
   return {grad_input, grad_weight, grad_bias};
 }
 
-}  // namespace
 }  // namespace torch_mlp
 
 STABLE_TORCH_LIBRARY_IMPL(torch_mlp, CPU, m) {

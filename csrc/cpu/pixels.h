@@ -1,11 +1,10 @@
-// The first layer of a network on images most of whose pixels are 0: only the others cost anything. For level.h.
+// The products of a first layer on images most of whose pixels are 0: only the others cost anything. For level.h.
 //
-//   forward   z^T = sum over the pixels k that are not 0 of x_k V_k      V = W^T, features rows, cut into panels of
-//   columns update    V_k moves by -lr times the sum over the images whose pixel k is not 0 of x_k gz
+//   forward   z = the sum over the pixels that are not 0 of x_k V_k    V (features, outputs), in panels of columns
+//   update    V_k moves by a step of SGD along the sum over the images whose pixel k is not 0 of x_k gz
 //
-// x_k is scale times the byte of the pixel; what a shift of the pixels adds is of rank 1 and not done here
-// (train_epoch.cpp). A panel is as wide as the sums that fit the registers. A byte of mask for each pixel, 64 pixels of
-// an image or 64 images of a pixel at a time, tells where to go next.
+// x_k is looked up by the byte of the pixel. A panel is as wide as the sums that fit the registers. A mask tells which
+// of 64 pixels of an image, or of 64 images of a pixel, are not 0.
 #pragma once
 
 #include "vector.h"

@@ -11,6 +11,7 @@
 // rows of their block with a sum per column in registers; the blocks' sums are then added by a second kernel. How the
 // rows are split depends on the shape alone, so that the bits of gb are the same in every run.
 #include "../activation.h"
+#include "../linear_act.h"
 #include "common.cuh"
 
 namespace torch_mlp {
@@ -180,6 +181,8 @@ void activation_backward(const scalar_t* gy, const scalar_t* y, scalar_t* gz, sc
   }
 }
 
+}  // namespace
+
 Tensor linear_act_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        const std::string& activation) {
   constexpr const char* op = "linear_act";
@@ -238,7 +241,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cuda(const Tensor& grad_o
   return {grad_input, grad_weight, grad_bias};
 }
 
-}  // namespace
 }  // namespace torch_mlp
 
 STABLE_TORCH_LIBRARY_IMPL(torch_mlp, CUDA, m) {

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from torch_mlp import functional
 from torch_mlp.nn.linear import LinearAct
@@ -78,9 +80,46 @@ class MLP(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits of shape (*, out_features) of input of shape (*, in_features)."""
+        if (parameters := self._plain_parameters()) is not None:
+            return functional.mlp(input, *parameters, self.activation)
         for layer in self.children():
             input = layer(input)
         return input
+
+    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        r"""Softmax cross-entropy of the logits, network and loss being one op: the fastest step there is with autograd.
+
+        Args:
+            input: :math:`(N, in\_features)`.
+            target: the class of each row, :math:`(N)`.
+            options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing`` of
+                :func:`torch_mlp.functional.cross_entropy`.
+
+        Example:
+            >>> MLP(784, [512], 10).loss(torch.rand(64, 784), torch.randint(10, (64,))).backward()
+        """
+        if (parameters := self._plain_parameters()) is not None:
+            return functional.mlp_cross_entropy(input, *parameters, target, self.activation, **options)
+        return functional.cross_entropy(self(input), target, **options)
+
+    def _plain_parameters(self) -> tuple[list[Tensor], list[Tensor | None]] | None:
+        """Weights and biases, where calling the layers one by one would do no more than multiply by them."""
+        weights: list[Tensor] = []
+        biases: list[Tensor | None] = []
+        for layer in self.children():
+            is_last = len(weights) == len(self.hidden_features)
+            if (
+                type(layer) is not LinearAct
+                or layer.activation != ("identity" if is_last else self.activation)
+                or layer._forward_hooks
+                or layer._forward_pre_hooks
+                or layer._backward_hooks
+                or layer._backward_pre_hooks
+            ):
+                return None
+            weights.append(layer.weight)
+            biases.append(layer.bias)
+        return None if _has_any_global_hook() else (weights, biases)
 
     def init_gaussian_(self, std: float = 0.1, generator: torch.Generator | None = None) -> "MLP":
         """Draw every weight from a Gaussian of mean 0 and the given standard deviation, and set every bias to 0.

@@ -34,6 +34,7 @@ _load_library()
 
 from torch_mlp.ops.cross_entropy import cross_entropy  # noqa: E402 - the library comes first
 from torch_mlp.ops.linear_act import ACTIVATIONS, linear_act  # noqa: E402
+from torch_mlp.ops.mlp import mlp, mlp_cross_entropy  # noqa: E402
 from torch_mlp.ops.train_epoch import train_epoch  # noqa: E402
 
 
@@ -47,4 +48,13 @@ def cpu_capability() -> str:
     return torch.ops.torch_mlp._cpu_capability()
 
 
-__all__ = ["ACTIVATIONS", "cpu_capability", "cross_entropy", "has_cuda_kernels", "linear_act", "train_epoch"]
+__all__ = [
+    "ACTIVATIONS",
+    "cpu_capability",
+    "cross_entropy",
+    "has_cuda_kernels",
+    "linear_act",
+    "mlp",
+    "mlp_cross_entropy",
+    "train_epoch",
+]

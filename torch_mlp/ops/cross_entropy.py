@@ -153,6 +153,12 @@ class CrossEntropyBackward(torch.autograd.Function):
         return by_grad_output.to(input.dtype), by_input.to(input.dtype), *(None,) * 7
 
 
+def backward(grad_output: Tensor, *saved: Any) -> Tensor:
+    """The backward pass; only where its result is to be differentiated again need its computation be recorded."""
+    differentiable = CrossEntropyBackward.apply if torch.is_grad_enabled() else backward_op
+    return (reference_backward if in_transform() else differentiable)(grad_output, *saved)
+
+
 class CrossEntropy(torch.autograd.Function):
     """The fused forward pass; its backward pass is CrossEntropyBackward."""
 
@@ -175,12 +181,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of input."""
-        input, target, weight, lse, total_weight = ctx.saved_tensors
-        # Only where the gradient is to be differentiated again need its computation be recorded.
-        differentiable = CrossEntropyBackward.apply if torch.is_grad_enabled() else backward_op
-        backward = reference_backward if in_transform() else differentiable
-        grad_input = backward(grad_output, input, target, weight, lse, total_weight, *ctx.options)
-        return grad_input, *(None,) * 5
+        return backward(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 def cross_entropy(

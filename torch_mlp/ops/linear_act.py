@@ -9,7 +9,7 @@ Learning, 2006, section 5.3.)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ def reference_backward(
     weight: Tensor,
     output: Tensor,
     activation: str,
-    needs_grad: tuple[bool, bool, bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The backward op composed of ATen calls; None for gradients that are not needed."""
     grad_z = grad_output * ACTIVATIONS[activation].derivative(output)
@@ -86,18 +86,8 @@ def reference_backward(
     )
 
 
-def fused_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    output: Tensor,
-    activation: str,
-    needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """The backward op; None for gradients that are not needed."""
-    grads = backward_op(grad_output, input, weight, output, activation, *needs_grad)
-    if all(needs_grad):
-        return grads
+def only_needed(grads: Sequence[Tensor], needs_grad: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """None in place of gradients that are not needed, which an op gives as empty tensors."""
     return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
 
 
@@ -118,7 +108,7 @@ class LinearActBackward(torch.autograd.Function):
         ctx.save_for_backward(grad_output, input, weight, output)
         ctx.activation = activation
         ctx.set_materialize_grads(False)
-        return fused_backward(grad_output, input, weight, output, activation, needs_grad)
+        return only_needed(backward_op(grad_output, input, weight, output, activation, *needs_grad), needs_grad)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -167,11 +157,13 @@ class LinearAct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias, each only where it is needed."""
         input, weight, output = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[:3]
         # Only where the gradients are to be differentiated again need their computation be recorded.
-        differentiable = LinearActBackward.apply if torch.is_grad_enabled() else fused_backward
-        backward = reference_backward if in_transform() else differentiable
-        grads = backward(grad_output, input, weight, output, ctx.activation, ctx.needs_input_grad[:3])
-        return (*grads, None)
+        if torch.is_grad_enabled() or in_transform():
+            backward = reference_backward if in_transform() else LinearActBackward.apply
+            return *backward(grad_output, input, weight, output, ctx.activation, needs_grad), None
+        grads = backward_op(grad_output, input, weight, output, ctx.activation, *needs_grad)
+        return *(grads if all(needs_grad) else only_needed(grads, needs_grad)), None
 
 
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
