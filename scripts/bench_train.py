@@ -229,7 +229,9 @@ def scikit_learn(task: Task) -> tuple[Peer, Parameters]:
     )
     images, labels = task.input.numpy(), task.labels.numpy()
     classes = np.arange(task.widths[-1])
-    model.partial_fit(images[: task.batch_size], labels[: task.batch_size], classes)  # which makes its parameters
+    model.partial_fit(
+        images[: task.batch_size], labels[: task.batch_size], classes=classes
+    )  # which makes its parameters
     final = [value.clone() for value in task.start]
     for place, (weight, bias) in enumerate(zip(model.coefs_, model.intercepts_, strict=True)):
         weight[:], bias[:] = task.start[2 * place].mT.numpy(), task.start[2 * place + 1].numpy()

@@ -175,17 +175,19 @@ ConstMatrix pack(ConstMatrix b, int64_t depth, int64_t cols, float* panel) {
   return {panel, width};
 }
 
-// c = a b of a column and a row: nothing but writing, which goes best along whole rows.
+// c = a b, or c += a b, of a column and a row: nothing but writing, which goes best along whole rows.
+template <bool adds>
 void outer_product(Broadcast a, const float* b, Matrix c, int64_t rows, int64_t cols) {
-  const int64_t whole = whole_vectors(cols);
+  const int64_t whole = whole_vectors(cols), left = cols - whole;
   for (int64_t i = 0; i < rows; ++i) {
     const float element = a.data[i * a.row_stride];
     float* row = c.data + i * c.stride;
     for (int64_t j = 0; j < whole; j += kLanes) {
-      store(row + j, element * load(b + j));
+      store(row + j, adds ? load(row + j) + element * load(b + j) : element * load(b + j));
     }
-    if (whole < cols) {
-      store_part(row + whole, element * load_part(b + whole, cols - whole), cols - whole);
+    if (left) {
+      const vec value = element * load_part(b + whole, left);
+      store_part(row + whole, adds ? load_part(row + whole, left) + value : value, left);
     }
   }
 }
@@ -205,8 +207,8 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
     const Broadcast a = self.a_transposed ? Broadcast{self.a.data + row, 1, self.a.stride}
                                           : Broadcast{self.a.data + row * self.a.stride, self.a.stride, 1};
     if (self.depth == 1) {
-      outer_product(a, self.b.data + first_col, {self.c.data + row * self.c.stride + first_col, self.c.stride}, rows,
-                    b_cols);
+      const Matrix c{self.c.data + row * self.c.stride + first_col, self.c.stride};
+      (self.accumulates ? outer_product<true> : outer_product<false>)(a, self.b.data + first_col, c, rows, b_cols);
       continue;
     }
     for (int64_t p = 0; p < self.depth; p += most_depth) {
@@ -222,7 +224,7 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
                           kTileCols};
         tiles(rows, depth, {a.data + p * a.depth_stride, a.row_stride, a.depth_stride},
               packs ? pack(b, depth, cols, scratch) : b, {self.c.data + row * self.c.stride + col, self.c.stride}, cols,
-              p > 0, ahead);
+              p > 0 || self.accumulates, ahead);
       }
     }
   }

@@ -52,6 +52,7 @@ struct Product {
   bool a_transposed;
   ConstMatrix b;  // (depth, cols)
   Matrix c;
+  bool accumulates = false;  // c += the product
 };
 
 template <typename T>

@@ -149,6 +149,10 @@ class Trainer {
     return std::min(options_.batch_size, images_.count - step * options_.batch_size);
   }
 
+  // Plain SGD adds -lr times the gradients. They are computed of logits' gradients times -lr, and the products that are
+  // gradients of weights added to the weights as they come.
+  bool adds_directly() const { return options_.momentum == 0 && options_.weight_decay == 0; }
+
   int64_t last() const { return int64_t(layers_.size()) - 1; }
 
   // A thread's part of a total, in whole units.
@@ -285,8 +289,9 @@ class Trainer {
     table_.softmax_float.statistics(logits_ + begin, labels, count, classes, maximum, sum, at_label);
     table_.losses(maximum, sum, at_label, labels, count, log_sum, loss);
     my.losses[i] = std::accumulate(loss, loss + count, 0.0);
-    std::fill_n(numerator, count, 1.0 / double(batch));
-    std::fill_n(at_label, count, float(1.0 / double(batch)));
+    const double scale = (adds_directly() ? -options_.lr[i] : 1.0) / double(batch);
+    std::fill_n(numerator, count, scale);
+    std::fill_n(at_label, count, float(scale));
     table_.softmax_float.gradient(logits_ + begin, nullptr, grad_logits_ + begin, count, classes, maximum, sum,
                                   numerator, nullptr, labels, at_label);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
@@ -298,7 +303,8 @@ class Trainer {
     const Minibatch& minibatch = minibatches_[i % 2];
     const Thread& my = of_threads_[t];
     const int64_t batch = size_of(i);
-    const SgdStep step{float(options_.lr[i]), float(options_.momentum), float(options_.weight_decay)};
+    const SgdStep step{adds_directly() ? -1 : float(options_.lr[i]), float(options_.momentum),
+                       float(options_.weight_decay)};
     const Range classes = own(layers_.back().outs, t);
     move_bias(last(), classes, sums_of(grad_z_.back(), classes, batch, my), step, my);
     for (int64_t l = last(); l > 0; --l) {
@@ -377,6 +383,20 @@ class Trainer {
   // Some rows and columns of a weight, by the gradient of the layer's z and its input.
   void move_weight(const Layer& layer, Range rows, Range cols, Matrix grad_z, Matrix input, int64_t batch,
                    const SgdStep& step, const Thread& my) const {
+    if (adds_directly()) {
+      Product product{rows.size(),
+                      cols.size(),
+                      batch,
+                      from_column(grad_z, rows.begin),
+                      true,
+                      from_column(input, cols.begin),
+                      {layer.weight.value + rows.begin * layer.ins + cols.begin, layer.ins}};
+      product.accumulates = true;
+      if (rows.size() > 0) {
+        multiply(product, my);
+      }
+      return;
+    }
     for (int64_t row = rows.begin; row < rows.end; row += kUpdateRows) {
       const int64_t count = std::min(kUpdateRows, rows.end - row);
       multiply({count,
