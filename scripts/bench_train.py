@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from torch_mlp import data, epoch, nn
@@ -34,8 +34,10 @@ Parameters = list[Tensor]  # weight, bias, weight, bias, ...
 class Task:
     """A network, the data it learns, and the options all peers share."""
 
-    def __init__(self, dataset: data.Dataset, widths: tuple[int, ...], batch_size: int, dense: bool) -> None:
-        self.widths, self.batch_size = widths, batch_size
+    def __init__(
+        self, dataset: data.Dataset, data_dir: str, widths: tuple[int, ...], batch_size: int, dense: bool
+    ) -> None:
+        self.data_dir, self.widths, self.batch_size, self.dense = data_dir, widths, batch_size, dense
         self.scale, self.shift = dataset.scale, dataset.shift
         self.images = dataset.train_images.flatten(1).contiguous()
         self.test_images = dataset.test_images.flatten(1)
@@ -260,21 +262,15 @@ class _Order(Sampler):
 
 
 def usual_script(task: Task) -> tuple[Peer, Parameters]:
-    """What tutorials do: a DataLoader that normalises image by image, stock layers, torch.optim.SGD."""
-    model = task.stock()
+    """What tutorials do: torchvision's data set and transforms in a DataLoader, stock layers, torch.optim.SGD."""
+    from torchvision import datasets, transforms
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), *task.stock())
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     sampler = _Order()
-    dataset = TensorDataset(task.images, task.labels)
-
-    class Normalised(torch.utils.data.Dataset):
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-            image, label = dataset[index]
-            return image.float() * task.scale + task.shift, label
-
-        def __len__(self) -> int:
-            return len(dataset)
-
-    loader = DataLoader(Normalised(), task.batch_size, sampler=sampler)
+    std = 1 / (255 * task.scale)
+    normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize(-task.shift * std, std)])
+    loader = DataLoader(datasets.MNIST(task.data_dir, transform=normalise), task.batch_size, sampler=sampler)
 
     def run(order: Tensor) -> None:
         sampler.order = order.tolist()
@@ -305,6 +301,8 @@ def measure(task: Task, turns: int, progress: tqdm) -> list[dict[str, Any]]:
     """A row for each peer that is installed."""
     peers = {}
     for name, make in PEERS.items():
+        if task.dense and make is usual_script:
+            continue  # its images are those on disk
         try:
             peers[name] = make(task)
         except ImportError as error:
@@ -356,7 +354,7 @@ def run(threads: list[int], data_dir: str, turns: int, quick: bool) -> list[dict
             with threadpool_limits(count):
                 for widths, batch, dense in cases:
                     torch.compiler.reset()
-                    task = Task(dataset, widths, batch, dense)
+                    task = Task(dataset, data_dir, widths, batch, dense)
                     table = measure(task, turns, progress)
                     rows += table
                     tqdm.write(f"\n{task.label}, {count} thread(s)")

@@ -227,8 +227,12 @@ def main() -> int:
         print("\nStopped by Ctrl-C; what was learned is saved.")
         exit_code = 130
     except FloatingPointError as error:
-        print(f"\nStopped: {error}. Nothing is saved.", file=sys.stderr)
-        return 1
+        print(f"\nStopped: {error}.", file=sys.stderr)
+        if not histories["torch_mlp"]:
+            print("Nothing is saved.", file=sys.stderr)
+            return 1
+        print("What was learned before that epoch is saved.", file=sys.stderr)
+        exit_code = 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not lose what the first one saves
 
     final = training.evaluate(model, criteria["torch_mlp"], resident)

@@ -52,3 +52,23 @@ def test_figures_follow_from_the_times(result):
 
 def test_plot_is_a_picture(result):
     assert result[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_peers_learn_the_same(tmp_path, mnist_dir):
+    """A run of its own for a twentieth of the images, each peer for one epoch: equal accuracy, figures that fit."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import bench_train, json, torch; from torch_mlp import data\n"
+        "load = data.load; bench_train.data.load = lambda *arguments: load(*arguments).first(3000)\n"
+        "rows = bench_train.run([1], sys.argv[2], 1, quick=True)\n"
+        "open(sys.argv[3], 'w').write(json.dumps(rows))"
+    )
+    command = [sys.executable, "-c", code, SCRIPT.parent, mnist_dir, tmp_path / "rows.json"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = {row["peer"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert {"train_epoch", "torch eager", "torch.compile", "numpy, by hand", "DataLoader"} <= set(rows)
+    for name, row in rows.items():
+        assert f"{name:22s}{row['seconds']:9.3f}" in run.stdout
+        assert math.isclose(row["times ours"], row["seconds"] / rows["train_epoch"]["seconds"])
+        # JAX leaves out the last, short minibatch.
+        assert abs(row["accuracy"] - rows["torch eager"]["accuracy"]) < (0.05 if name == "JAX, scan" else 0.002)

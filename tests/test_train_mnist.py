@@ -133,9 +133,33 @@ def test_divergence(tmp_path):
     before = weights(tmp_path / "out")
     options = ("--dataset", "digits", "--lr", 1e30, "--activation", "relu", "--output-dir", "out")
     finished = run(tmp_path, *options, code=1)
-    assert "Stopped: train: the loss is" in finished.stderr
+    assert re.search(r"Stopped: epoch 1: train_epoch: the loss is \S+ in minibatch \d+", finished.stderr)
+    assert "Nothing is saved." in finished.stderr
     assert "Traceback" not in finished.stderr
     assert torch.equal(weights(tmp_path / "out"), before)
+
+
+@pytest.mark.parametrize("engine", ["epoch", "autograd"])
+def test_engines(tmp_path, engine):
+    options = ("--dataset", "digits", "--epochs", 2, "--hidden", 32, "--engine", engine, "--output-dir", "out")
+    finished = run(tmp_path, *options)
+    assert f"engine {engine}" in finished.stdout.splitlines()[0]
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert record["test_loss"] < 1.5
+
+
+def test_the_engines_learn_the_same(tmp_path):
+    for engine in ("epoch", "autograd"):
+        run(tmp_path, "--dataset", "digits", "--epochs", 3, "--engine", engine, "--output-dir", engine)
+    torch.testing.assert_close(weights(tmp_path / "epoch"), weights(tmp_path / "autograd"), rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_that_cannot_train_this(tmp_path):
+    finished = run(tmp_path, "--dataset", "digits", "--dtype", "float64", "--engine", "epoch", code=2)
+    assert "expected float32 parameters on the CPU, got torch.float64" in finished.stderr
+    assert "use the engine autograd" in finished.stderr
+    finished = run(tmp_path, "--dataset", "digits", "--dtype", "float64", "--epochs", 1)
+    assert "engine autograd" in finished.stdout.splitlines()[0]
 
 
 @pytest.mark.parametrize(

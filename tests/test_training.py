@@ -157,6 +157,20 @@ def test_divergence_is_an_error(digits):
         list(training.train(model, nn.CrossEntropyLoss(), digits, lr=1e30, progress=False))
 
 
+@pytest.mark.parametrize("engine", ["epoch", "autograd"])
+def test_a_diverged_epoch_is_taken_back(digits, engine):
+    model = nn.MLP(64, 64, 10)
+    run = training.train(model, nn.CrossEntropyLoss(), digits, epochs=3, engine=engine, progress=False)
+    next(run)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    poisoned = digits._replace(train_images=digits.train_images.float().index_fill(0, torch.tensor([7]), float("nan")))
+    run = training.train(model, nn.CrossEntropyLoss(), poisoned, epochs=3, engine=engine, progress=False)
+    with pytest.raises(FloatingPointError, match="epoch 1: train_epoch: the loss is nan in minibatch"):
+        next(run)
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -133,7 +133,8 @@ def train(
         An :class:`EpochMetrics` after every epoch.
 
     Raises:
-        FloatingPointError: if the loss is no longer finite; the message names epoch and minibatch.
+        FloatingPointError: if the loss is no longer finite. The message names epoch and minibatch, and the model is as
+            it was before that epoch.
         ValueError: if an option is not known or out of its range.
 
     Example:
@@ -159,6 +160,7 @@ def train(
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         model.train()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
         past = steps * (epoch - 1) + torch.arange(steps, dtype=torch.float64)
         rates = lr * (1 - past / (steps * epochs)) if lr_decay == "linear" else torch.full((steps,), lr)
         with tqdm(total=num_samples, desc=f"epoch {epoch}", unit=" images", leave=False, disable=hidden) as bar:
@@ -183,6 +185,9 @@ def train(
                     progress=report if progress else None,
                 ).item()
             except FloatingPointError as error:
+                with torch.no_grad():
+                    for parameter, value in zip(model.parameters(), before, strict=True):
+                        parameter.copy_(value)
                 raise FloatingPointError(f"epoch {epoch}: {error}") from None
         seconds = time.perf_counter() - start
         evaluation = evaluate(model, criterion, data)
