@@ -71,4 +71,4 @@ def test_training_peers_learn_the_same(tmp_path, mnist_dir):
         assert f"{name:22s}{row['seconds']:9.3f}" in run.stdout
         assert math.isclose(row["times ours"], row["seconds"] / rows["train_epoch"]["seconds"])
         # JAX leaves out the last, short minibatch.
-        assert abs(row["accuracy"] - rows["torch eager"]["accuracy"]) < (0.05 if name == "JAX, scan" else 0.002)
+        assert abs(row["accuracy"] - rows["torch eager"]["accuracy"]) < (0.05 if name == "JAX, all cores" else 0.002)
