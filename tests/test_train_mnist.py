@@ -141,11 +141,11 @@ def test_divergence(tmp_path):
 
 @pytest.mark.parametrize("engine", ["epoch", "autograd"])
 def test_engines(tmp_path, engine):
-    options = ("--dataset", "digits", "--epochs", 2, "--hidden", 32, "--engine", engine, "--output-dir", "out")
+    options = ("--dataset", "digits", "--epochs", 20, "--hidden", 32, "--engine", engine, "--output-dir", "out")
     finished = run(tmp_path, *options)
     assert f"engine {engine}" in finished.stdout.splitlines()[0]
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert record["test_loss"] < 1.5
+    assert record["test_accuracy"] > 0.85
 
 
 def test_the_engines_learn_the_same(tmp_path):

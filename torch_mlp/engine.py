@@ -36,8 +36,9 @@ def layers_of(model: torch.nn.Module) -> list[Layer]:
         ValueError: for any other model; the message names the layer and says why.
 
     Example:
-        >>> [layer.activation for layer in layers_of(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()))]
-        ['tanh']
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+        >>> [layer.activation for layer in layers_of(model)]
+        ['tanh', 'identity']
     """
     if type(model) not in (nn.MLP, torch.nn.Sequential):
         raise ValueError(f"train_epoch: expected an MLP or a Sequential of linear layers, got {type(model).__name__}")
