@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import threading
 
 import pytest
 import torch
@@ -263,12 +262,22 @@ def test_ctrl_c_leaves_a_model_that_goes_on(monkeypatch):
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    assert threading.current_thread() is threading.main_thread()
     with pytest.raises(KeyboardInterrupt):
         train_epoch(model, images, labels, batch_size=10, lr=0.1, momentum=0.9, progress=progress)
     assert 3 <= len(calls) <= 4
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert train_epoch(model, images, labels, batch_size=10, lr=0.1, momentum=0.9).isfinite()
+
+
+def test_an_epoch_that_ends_early_leaves_the_learning_rate_of_the_optimizer():
+    images, labels = some_data(kind="floats")
+    images[150] = math.nan
+    model = nn.MLP(40, [12], 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for engine in ("epoch", "autograd"):
+        with pytest.raises(FloatingPointError):
+            train_epoch(model, images, labels, batch_size=10, lr=[0.1] * 20, optimizer=optimizer, engine=engine)
+        assert optimizer.param_groups[0]["lr"] == 0.3
 
 
 SEQUENTIAL = torch.nn.Sequential

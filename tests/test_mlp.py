@@ -7,7 +7,6 @@ import torch
 from conftest import DTYPES, assert_no_less_accurate, assert_same_bits, clones
 from torch.autograd import gradcheck, gradgradcheck
 
-import torch_mlp
 from torch_mlp import nn
 from torch_mlp.functional import ACTIVATIONS, linear_act, mlp, mlp_cross_entropy
 
@@ -284,4 +283,3 @@ def test_errors_of_the_loss():
         mlp_cross_entropy(input, *split(parameters), torch.zeros(7, dtype=torch.int64), reduction="max")
     with pytest.raises(NotImplementedError, match="mlp_cross_entropy: expected class indices"):
         mlp_cross_entropy(input, *split(parameters), torch.rand(7, 3))
-    assert torch_mlp.functional.mlp is mlp

@@ -298,15 +298,17 @@ def _run_autograd(
     before = group["lr"]
     losses: list[Tensor] = []
     first = 0
-    for step, (index, rate) in enumerate(zip(order.split(batch_size), rates.tolist(), strict=True)):
-        group["lr"] = rate
-        input = images.index_select(0, index).to(dtype).mul_(scale).add_(shift)
-        loss = loss_of(model(input), labels.index_select(0, index))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach().double())
-        if len(losses) == _STEPS_PER_CHECK or step == len(rates) - 1:
-            yield _check_losses(torch.stack(losses), first)
-            first, losses = step + 1, []
-    group["lr"] = before
+    try:
+        for step, (index, rate) in enumerate(zip(order.split(batch_size), rates.tolist(), strict=True)):
+            group["lr"] = rate
+            input = images.index_select(0, index).to(dtype).mul_(scale).add_(shift)
+            loss = loss_of(model(input), labels.index_select(0, index))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach().double())
+            if len(losses) == _STEPS_PER_CHECK or step == len(rates) - 1:
+                yield _check_losses(torch.stack(losses), first)
+                first, losses = step + 1, []
+    finally:
+        group["lr"] = before

@@ -1,4 +1,5 @@
-// The activation of many values, and its backward pass with the sums over the rows. For level.h.
+// What is done value by value: the activation, its backward pass with the sums over the rows, normalisation, a step of
+// SGD. For level.h.
 #pragma once
 
 #include "vector.h"
@@ -64,6 +65,42 @@ void activation_backward(ActivationKind kind, Rows<const T> gy, Rows<const T> y,
       columns(j, std::integral_constant<int, 1>{}, min(kLanes, cols - j));
     }
   });
+}
+
+// y = scale * x + shift
+template <typename T>
+void normalize(const T* x, int64_t count, float scale, float shift, float* y) {
+  for (int64_t k = 0; k < count; ++k) {
+    y[k] = float(x[k]) * scale + shift;
+  }
+}
+
+// value moves by a step of SGD.
+template <bool has_velocity>
+TORCH_MLP_INLINE void sgd_vector(float* value, float* velocity, vec gradient, const SgdStep& step) {
+  const vec before = load(value);
+  vec direction = step.weight_decay * before + gradient;
+  if (has_velocity) {
+    direction += step.momentum * load(velocity);
+    store(velocity, direction);
+  }
+  store(value, before - step.lr * direction);
+}
+
+void sgd(float* value, float* velocity, const float* gradient, int64_t count, const SgdStep& step) {
+  const int64_t whole = whole_vectors(count);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const vec g = load(gradient + i);
+    velocity ? sgd_vector<true>(value + i, velocity + i, g, step) : sgd_vector<false>(value + i, nullptr, g, step);
+  }
+  for (int64_t i = whole; i < count; ++i) {
+    float direction = step.weight_decay * value[i] + gradient[i];
+    if (velocity) {
+      direction += step.momentum * velocity[i];
+      velocity[i] = direction;
+    }
+    value[i] -= step.lr * direction;
+  }
 }
 
 }  // namespace

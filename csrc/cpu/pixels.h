@@ -7,6 +7,7 @@
 // of 64 pixels of an image, or of 64 images of a pixel, are not 0.
 #pragma once
 
+#include "elementwise.h"
 #include "vector.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
@@ -89,18 +90,6 @@ void pixels_forward_panel(const PixelForward& self) {
       }
     }
   }
-}
-
-// value moves by a step of SGD.
-template <bool has_velocity>
-TORCH_MLP_INLINE void sgd_vector(float* value, float* velocity, vec gradient, const SgdStep& step) {
-  const vec before = load(value);
-  vec direction = step.weight_decay * before + gradient;
-  if (has_velocity) {
-    direction += step.momentum * load(velocity);
-    store(velocity, direction);
-  }
-  store(value, before - step.lr * direction);
 }
 
 template <int vectors, bool has_velocity>
@@ -224,16 +213,6 @@ void finish_pixels(ActivationKind kind, const float* z, const float* row_factor,
   });
 }
 
-// --- what other layers need too ---
-
-// y = scale * x + shift
-template <typename T>
-void normalize(const T* x, int64_t count, float scale, float shift, float* y) {
-  for (int64_t k = 0; k < count; ++k) {
-    y[k] = float(x[k]) * scale + shift;
-  }
-}
-
 int64_t sum_of_bytes(const uint8_t* bytes, int64_t count) {
   int64_t sum = 0, k = 0;
 #if TORCH_MLP_LANES == 16
@@ -248,22 +227,6 @@ int64_t sum_of_bytes(const uint8_t* bytes, int64_t count) {
     sum += bytes[k];
   }
   return sum;
-}
-
-void sgd(float* value, float* velocity, const float* gradient, int64_t count, const SgdStep& step) {
-  const int64_t whole = whole_vectors(count);
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const vec g = load(gradient + i);
-    velocity ? sgd_vector<true>(value + i, velocity + i, g, step) : sgd_vector<false>(value + i, nullptr, g, step);
-  }
-  for (int64_t i = whole; i < count; ++i) {
-    float direction = step.weight_decay * value[i] + gradient[i];
-    if (velocity) {
-      direction += step.momentum * velocity[i];
-      velocity[i] = direction;
-    }
-    value[i] -= step.lr * direction;
-  }
 }
 
 }  // namespace
