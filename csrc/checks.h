@@ -154,45 +154,54 @@ inline void check_cross_entropy_backward(const char* op, const torch::stable::Te
               reduction == Reduction::None ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{});
 }
 
-// --- train_epoch: images (N, features), labels (N,), order (samples,), lr (minibatches,), and for each layer a weight,
-// a bias (empty where there is none) and, where there is momentum, the velocities of both ---
+// --- train_epoch: images (N, features), labels (N,), order (samples,), lr (minibatches,) on the CPU, and for each
+// layer a weight, a bias (empty where there is none) and, where there is momentum, the velocities of both ---
 
 inline void check_train_epoch(const char* op, const torch::stable::Tensor& images, const torch::stable::Tensor& labels,
                               const torch::stable::Tensor& order, const std::vector<torch::stable::Tensor>& weights,
                               const std::vector<torch::stable::Tensor>& biases,
                               const std::vector<torch::stable::Tensor>& velocities, size_t activations,
-                              int64_t batch_size, const torch::stable::Tensor& lr, double momentum) {
+                              int64_t batch_size, const torch::stable::Tensor& lr, double momentum, bool bfloat16) {
   using torch::headeronly::ScalarType;
   using torch::stable::Tensor;
-  const auto check_tensor = [&](const char* name, const Tensor& self, ScalarType dtype, const auto& sizes) {
-    check(self.is_cpu() && self.is_contiguous() && self.scalar_type() == dtype, op, ": expected ", name,
-          " to be contiguous, on the CPU and of dtype ", torch::headeronly::toString(dtype), ", got ",
-          torch::headeronly::toString(self.scalar_type()));
-    check_shape(op, name, self, std::vector<int64_t>(sizes));
-  };
   using Sizes = std::vector<int64_t>;
+  const auto check_contiguous = [&](const char* name, const Tensor& self, ScalarType dtype, const Sizes& sizes) {
+    check(self.is_contiguous() && self.scalar_type() == dtype, op, ": expected ", name,
+          " to be contiguous and of dtype ", torch::headeronly::toString(dtype), ", got ",
+          torch::headeronly::toString(self.scalar_type()));
+    check_shape(op, name, self, sizes);
+  };
+  const auto check_tensor = [&](const char* name, const Tensor& self, ScalarType dtype, const Sizes& sizes) {
+    check_same_device(op, name, self, images);
+    check_contiguous(name, self, dtype, sizes);
+  };
   check(images.dim() == 2, op, ": expected images of shape (N, features), got ", shape_of(images.sizes()));
-  check_tensor("images", images, images.scalar_type() == ScalarType::Byte ? ScalarType::Byte : ScalarType::Float,
-               Sizes{images.size(0), images.size(1)});
   check_tensor("labels", labels, ScalarType::Long, Sizes{images.size(0)});
   check_tensor("order", order, ScalarType::Long, Sizes{order.numel()});
   check(batch_size >= 1, op, ": expected batch_size of at least 1, got ", batch_size);
-  check_tensor("lr", lr, ScalarType::Double, Sizes{(order.numel() + batch_size - 1) / batch_size});
+  check(lr.is_cpu(), op, ": expected lr on the CPU, got it elsewhere");
+  check_contiguous("lr", lr, ScalarType::Double, Sizes{(order.numel() + batch_size - 1) / batch_size});
   check(!weights.empty() && biases.size() == weights.size() && activations == weights.size() &&
             velocities.size() == (momentum == 0 ? 0 : 2 * weights.size()),
         op, ": expected a weight, a bias, an activation and, with momentum, two velocities for each layer, got ",
         weights.size(), ", ", biases.size(), ", ", activations, " and ", velocities.size());
+  const ScalarType dtype = weights[0].scalar_type();
+  check(dtype == ScalarType::Float || (dtype == ScalarType::Double && !bfloat16), op,
+        ": expected weights of dtype Float, or Double but for products of bfloat16, got ",
+        torch::headeronly::toString(dtype));
+  check_tensor("images", images, images.scalar_type() == ScalarType::Byte ? ScalarType::Byte : dtype,
+               Sizes{images.size(0), images.size(1)});
   int64_t ins = images.size(1);
   for (size_t l = 0; l < weights.size(); ++l) {
     check(weights[l].dim() == 2 && weights[l].size(0) > 0 && weights[l].size(1) > 0, op,
           ": expected weights of shape (out_features, in_features), got ", shape_of(weights[l].sizes()));
     const int64_t outs = weights[l].size(0);
     const Sizes bias_sizes{biases[l].numel() ? outs : 0};
-    check_tensor("weight", weights[l], ScalarType::Float, Sizes{outs, ins});
-    check_tensor("bias", biases[l], ScalarType::Float, bias_sizes);
+    check_tensor("weight", weights[l], dtype, Sizes{outs, ins});
+    check_tensor("bias", biases[l], dtype, bias_sizes);
     if (momentum != 0) {
-      check_tensor("velocity", velocities[2 * l], ScalarType::Float, Sizes{outs, ins});
-      check_tensor("velocity", velocities[2 * l + 1], ScalarType::Float, bias_sizes);
+      check_tensor("velocity", velocities[2 * l], dtype, Sizes{outs, ins});
+      check_tensor("velocity", velocities[2 * l + 1], dtype, bias_sizes);
     }
     ins = outs;
   }

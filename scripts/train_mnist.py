@@ -22,7 +22,7 @@ import torch
 
 import torch_mlp
 from torch_mlp import checkpoint, data, plot, training
-from torch_mlp.engine import ENGINES, choose_engine
+from torch_mlp.engine import ENGINES, PRECISIONS, choose_engine
 
 STOCK_ACTIVATIONS = {
     "identity": torch.nn.Identity,
@@ -57,6 +57,9 @@ def parse_arguments() -> argparse.Namespace:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     machine.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
+    machine.add_argument(
+        "--precision", choices=PRECISIONS, default="full", help="bf16: products in bfloat16, weights in float32"
+    )
     machine.add_argument(
         "--engine",
         choices=ENGINES,
@@ -202,7 +205,7 @@ def main() -> int:
     if arguments.reference:
         models["torch"], criteria["torch"] = stock_twin(model), torch.nn.CrossEntropyLoss()
     try:
-        engine = choose_engine(model, criteria["torch_mlp"], arguments.engine)
+        engine = choose_engine(model, criteria["torch_mlp"], arguments.engine, arguments.precision)
     except ValueError as error:
         fail(str(error))
     print(
@@ -210,10 +213,11 @@ def main() -> int:
         f"{'-'.join(map(str, [model.in_features, *model.hidden_features, model.out_features]))} {arguments.activation} "
         f"network, {model.num_parameters():,} parameters; {arguments.dtype} on {device}, "
         f"{torch.get_num_threads()} CPU threads, engine {engine}"
+        f"{', products in bfloat16' if arguments.precision == 'bf16' else ''}"
     )
 
     resident = dataset.to(device)
-    names = ("epochs", "batch_size", "lr", "lr_decay", "momentum", "weight_decay", "sampling", "seed")
+    names = ("epochs", "batch_size", "lr", "lr_decay", "momentum", "weight_decay", "sampling", "seed", "precision")
     options = {name: getattr(arguments, name) for name in names}
     engines = {"torch_mlp": engine, "torch": "autograd"}
     runs = {

@@ -67,11 +67,21 @@ def mlp_backward_samples(device):
 
 def train_epoch_samples(device):
     """Of a learning rate of 0, which leaves the parameters as they are, so that the op can be called again."""
-    images, labels = torch.randint(256, (20, 5), dtype=torch.uint8), torch.randint(3, (20,))
-    weights, biases = [torch.randn(4, 5), torch.randn(3, 4)], [torch.randn(4), torch.empty(0)]
+    images, labels = (
+        torch.randint(256, (20, 5), dtype=torch.uint8, device=device),
+        torch.randint(3, (20,), device=device),
+    )
+    order = torch.randperm(20, device=device)
     rest = (["tanh", "identity"], 6, torch.zeros(4, dtype=torch.float64), 0.0, 0.0, 1.0, 0.0)
-    for skips_zeros in (False, True):
-        yield images, labels, torch.randperm(20), weights, biases, [], *rest, skips_zeros
+    for dtype, skips_zeros, bfloat16 in [
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+        (torch.float32, False, True),
+        (torch.float64, False, False),
+    ]:
+        tensors = [torch.randn(4, 5), torch.randn(3, 4), torch.randn(4), torch.empty(0)]
+        one, two, bias, none = (tensor.to(device, dtype) for tensor in tensors)
+        yield images, labels, order, [one, two], [bias, none], [], *rest, skips_zeros, bfloat16
 
 
 SAMPLES = {
@@ -83,12 +93,6 @@ SAMPLES = {
     "_mlp_backward": mlp_backward_samples,
     "_train_epoch": train_epoch_samples,
 }
-ON_CPU_ONLY = ("_train_epoch",)
-
-
-def skip_without_kernel(device, name):
-    if device == "cuda" and name in ON_CPU_ONLY:
-        pytest.skip(f"{name} has no CUDA kernel")
 
 
 def test_every_op_has_samples():
@@ -97,7 +101,6 @@ def test_every_op_has_samples():
 
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(device, name):
-    skip_without_kernel(device, name)
     op = getattr(torch.ops.torch_mlp, name).default
     for sample in SAMPLES[name](device):
         results = torch.library.opcheck(op, sample)
@@ -106,14 +109,13 @@ def test_opcheck(device, name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_kernels_are_registered(name):
-    keys = ["CPU"] + ["CUDA"] * (torch_mlp.ops.has_cuda_kernels() and name not in ON_CPU_ONLY)
+    keys = ["CPU"] + ["CUDA"] * torch_mlp.ops.has_cuda_kernels()
     for key in keys:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mlp::{name}", key)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_two_calls_give_the_same_bits(device, name):
-    skip_without_kernel(device, name)
     op = getattr(torch.ops.torch_mlp, name).default
     for sample in SAMPLES[name](device):
         first, second = op(*sample), op(*sample)

@@ -155,11 +155,19 @@ def test_the_engines_learn_the_same(tmp_path):
 
 
 def test_an_engine_that_cannot_train_this(tmp_path):
-    finished = run(tmp_path, "--dataset", "digits", "--dtype", "float64", "--engine", "epoch", code=2)
-    assert "expected float32 parameters on the CPU, got torch.float64" in finished.stderr
+    finished = run(tmp_path, "--dataset", "digits", "--dtype", "bfloat16", "--engine", "epoch", code=2)
+    assert "expected float32 or float64 parameters" in finished.stderr
     assert "use the engine autograd" in finished.stderr
-    finished = run(tmp_path, "--dataset", "digits", "--dtype", "float64", "--epochs", 1)
+    finished = run(tmp_path, "--dataset", "digits", "--dtype", "bfloat16", "--epochs", 1)
     assert "engine autograd" in finished.stdout.splitlines()[0]
+    finished = run(tmp_path, "--dataset", "digits", "--dtype", "float64", "--precision", "bf16", code=2)
+    assert "expected float32 parameters with precision bf16" in finished.stderr
+
+
+def test_precision(tmp_path):
+    finished = run(tmp_path, "--dataset", "digits", "--precision", "bf16", "--output-dir", ".")
+    assert "engine epoch, products in bfloat16" in finished.stdout.splitlines()[0]
+    assert json.loads((tmp_path / "metrics.json").read_text())["test_accuracy"] > 0.8
 
 
 @pytest.mark.parametrize(

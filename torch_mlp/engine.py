@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from torch_mlp import nn
+from torch_mlp import nn, ops
 
 ENGINES = ("auto", "epoch", "autograd")
+PRECISIONS = ("full", "bf16")
 
 _ACTIVATIONS = {
     torch.nn.Identity: "identity",
@@ -75,11 +76,14 @@ def layers_of(model: torch.nn.Module) -> list[Layer]:
 def _check_parameters(layers: list[Layer]) -> None:
     """Raise ValueError where the compiled op cannot train these parameters."""
     parameters = {f"{i}.{name}": p for i, layer in enumerate(layers) for name, p in layer.linear.named_parameters()}
+    dtype, device = layers[0].linear.weight.dtype, layers[0].linear.weight.device
+    if device.type != "cpu" and not (device.type == "cuda" and ops.has_cuda_kernels()):
+        raise ValueError(f"train_epoch: expected parameters on the CPU or a CUDA device, got some on {device}")
     for name, parameter in parameters.items():
-        if parameter.dtype != torch.float32 or not parameter.is_cpu:
+        if parameter.dtype != dtype or parameter.device != device or dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"train_epoch: expected float32 parameters on the CPU, got {parameter.dtype} on {parameter.device} in "
-                f"layer {name}"
+                "train_epoch: expected float32 or float64 parameters, all of one dtype on one device, got "
+                f"{parameter.dtype} on {parameter.device} in {name}"
             )
         if not parameter.requires_grad or not parameter.is_contiguous():
             state = "is not contiguous" if parameter.requires_grad else "requires no grad"
@@ -92,16 +96,23 @@ def _check_parameters(layers: list[Layer]) -> None:
             raise ValueError(f"train_epoch: expected parameters of their own, got {name} and {other} that share memory")
 
 
-def choose_engine(model: torch.nn.Module, criterion: torch.nn.Module | None = None, engine: str = "auto") -> str:
+def choose_engine(
+    model: torch.nn.Module, criterion: torch.nn.Module | None = None, engine: str = "auto", precision: str = "full"
+) -> str:
     """The engine of :func:`train_epoch` for this model: "epoch" where the compiled op can train it, else "autograd".
 
     Raises:
-        ValueError: if engine is "epoch" and it cannot, or is not known.
+        ValueError: if engine is "epoch" and it cannot, if engine or precision is not known, or if precision is "bf16"
+            and the parameters are not float32.
 
     Example:
-        >>> choose_engine(nn.MLP(64, [32], 10)), choose_engine(nn.MLP(64, [32], 10).double())
+        >>> choose_engine(nn.MLP(64, [32], 10)), choose_engine(nn.MLP(64, [32], 10).half())
         ('epoch', 'autograd')
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"train_epoch: expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "bf16" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise ValueError("train_epoch: expected float32 parameters with precision bf16, got others")
     if engine not in ENGINES:
         raise ValueError(f"train_epoch: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
     if engine == "autograd":

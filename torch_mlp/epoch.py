@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +15,23 @@ _OPERATIONS_PER_CALL = 2e10  # of the compiled op, 0.1 to 0.2 seconds: between c
 _STEPS_PER_CHECK = 20  # of autograd
 _SAMPLED_IMAGES = 1000
 _MOST_NONZERO = 0.6  # of the pixels, up to which skipping the others pays
+
+
+class _Epoch(NamedTuple):
+    """What the engines train, and how."""
+
+    model: torch.nn.Module
+    criterion: torch.nn.Module | None
+    optimizer: torch.optim.SGD
+    images: Tensor  # (N, features)
+    labels: Tensor
+    order: Tensor
+    batch_size: int
+    rates: Tensor  # the learning rate of each minibatch
+    scale: float
+    shift: float
+    precision: str
+
 
 _optimizers: WeakKeyDictionary[torch.nn.Module, torch.optim.SGD] = WeakKeyDictionary()
 
@@ -54,15 +72,16 @@ def train_epoch(
     order: Tensor | None = None,
     scale: float = 1 / 255,
     shift: float = 0.0,
+    precision: str = "full",
     engine: str = "auto",
     progress: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     r"""Train a model for one epoch of minibatch SGD, in place.
 
     For every minibatch B of images, in a random order, the parameters move as by ``torch.optim.SGD`` along the gradient
-    of the mean softmax cross-entropy of ``model(scale * images[B] + shift)``. A network of linear layers in float32 on
-    the CPU is trained by one compiled op, which visits only the pixels that are not 0 where most of them are; anything
-    else step by step with autograd. Both give the same up to rounding.
+    of the mean softmax cross-entropy of ``model(scale * images[B] + shift)``. A network of linear layers in float32 or
+    float64 is trained by one compiled op, which on the CPU in float32 visits only the pixels that are not 0 where most
+    of them are; anything else step by step with autograd. Both give the same up to rounding.
 
     Args:
         model: maps (batch, features) to logits; what the compiled op can train,
@@ -80,6 +99,9 @@ def train_epoch(
         order: the indices of the images in the order in which they are used, in place of a random one.
         scale: by which pixels are multiplied.
         shift: added to them after that.
+        precision: "full" computes in the dtype of the parameters; "bf16" multiplies in bfloat16 where that saves time
+            and sums in float32, of parameters that are kept and moved in float32: 1.5 to 2 times as fast where the
+            processor has bfloat16 products and most pixels are not 0.
         engine: "epoch" for the compiled op, "autograd" for single steps, "auto" for the first where it can be used.
         progress: called between minibatches with the number of images since the last call and the last mean loss.
 
@@ -109,14 +131,14 @@ def train_epoch(
     Source: Bottou, Large-Scale Machine Learning with Stochastic Gradient Descent, 2010; Bishop, Pattern Recognition and
     Machine Learning, 2006, section 5.3.
     """
-    engine = choose_engine(model, criterion, engine)
+    engine = choose_engine(model, criterion, engine, precision)
     images, order = _check_data(images, labels, batch_size, order, generator)
     optimizer = _prepare_optimizer(model, optimizer, lr, momentum, weight_decay)
     rates = _learning_rates(optimizer, lr, math.ceil(len(order) / batch_size))
-    run = _run_compiled if engine == "epoch" else _run_autograd
+    what = _Epoch(model, criterion, optimizer, images, labels, order, batch_size, rates, scale, shift, precision)
     losses: list[Tensor] = []
     done = 0  # images
-    for part in run(model, criterion, optimizer, images, labels, order, batch_size, rates, scale, shift):
+    for part in _run_compiled(what) if engine == "epoch" else _run_autograd(what):
         losses.append(part)
         images_of_part = min(batch_size * len(part), len(order) - done)
         done += images_of_part
@@ -224,40 +246,30 @@ def _check_losses(losses: Tensor, first: int) -> Tensor:
     return losses
 
 
-def _run_compiled(
-    model: torch.nn.Module,
-    criterion: torch.nn.Module | None,
-    optimizer: torch.optim.SGD,
-    images: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    batch_size: int,
-    rates: Tensor,
-    scale: float,
-    shift: float,
-) -> Iterator[Tensor]:
+def _run_compiled(what: _Epoch) -> Iterator[Tensor]:
     """Yield the losses of some minibatches at a time, each time of one call of the op."""
-    layers = layers_of(model)
+    layers = layers_of(what.model)
+    images, labels, order, batch_size = what.images, what.labels, what.order, what.batch_size
     if images.shape[1] != layers[0].linear.in_features:
         raise RuntimeError(
             f"train_epoch: expected images of {layers[0].linear.in_features} features, got {images.shape[1]}"
         )
-    group = optimizer.param_groups[0]
+    group, state = what.optimizer.param_groups[0], what.optimizer.state
     parameters = [p for layer in layers for p in (layer.linear.weight, layer.linear.bias)]
-    none = torch.empty(0)
+    none = layers[0].linear.weight.new_empty(0)
     velocities = []
     if group["momentum"]:
         for parameter in parameters:
-            if parameter is not None and optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            velocities.append(none if parameter is None else optimizer.state[parameter]["momentum_buffer"])
+            if parameter is not None and state[parameter].get("momentum_buffer") is None:
+                state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            velocities.append(none if parameter is None else state[parameter]["momentum_buffer"])
     values = [none if p is None else p.detach() for p in parameters]
-    images = images.contiguous() if images.dtype == torch.uint8 else images.to(torch.float32).contiguous()
+    images = images.contiguous() if images.dtype == torch.uint8 else images.to(none.dtype).contiguous()
     sample = images[order[:: max(1, len(order) // _SAMPLED_IMAGES)]]
-    skips_zeros = bool((sample != 0).float().mean() <= _MOST_NONZERO)
+    skips_zeros = images.is_cpu and bool((sample != 0).float().mean() <= _MOST_NONZERO)
     operations = 6 * batch_size * sum(value.numel() for value in values)
     steps_per_call = max(1, int(_OPERATIONS_PER_CALL / operations))
-    for first in range(0, len(rates), steps_per_call):
+    for first in range(0, len(what.rates), steps_per_call):
         last = first + steps_per_call
         losses = ops.train_epoch(
             images,
@@ -268,46 +280,38 @@ def _run_compiled(
             velocities,
             [layer.activation for layer in layers],
             batch_size,
-            rates[first:last],
+            what.rates[first:last],
             group["momentum"],
             group["weight_decay"],
-            scale,
-            shift,
+            what.scale,
+            what.shift,
             skips_zeros,
+            what.precision == "bf16",
         )
         torch.autograd.graph.increment_version([p for p in parameters if p is not None])
         yield _check_losses(losses, first)
 
 
-def _run_autograd(
-    model: torch.nn.Module,
-    criterion: torch.nn.Module | None,
-    optimizer: torch.optim.SGD,
-    images: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    batch_size: int,
-    rates: Tensor,
-    scale: float,
-    shift: float,
-) -> Iterator[Tensor]:
+def _run_autograd(what: _Epoch) -> Iterator[Tensor]:
     """Yield the losses of some minibatches at a time, which are checked then: a GPU would wait at each."""
-    loss_of = functional.cross_entropy if criterion is None else criterion
-    dtype = next(model.parameters()).dtype
-    group = optimizer.param_groups[0]
+    loss_of = functional.cross_entropy if what.criterion is None else what.criterion
+    dtype = next(what.model.parameters()).dtype
+    autocast = torch.autocast(what.images.device.type, torch.bfloat16, enabled=what.precision == "bf16")
+    group = what.optimizer.param_groups[0]
     before = group["lr"]
     losses: list[Tensor] = []
     first = 0
     try:
-        for step, (index, rate) in enumerate(zip(order.split(batch_size), rates.tolist(), strict=True)):
+        for step, (index, rate) in enumerate(zip(what.order.split(what.batch_size), what.rates.tolist(), strict=True)):
             group["lr"] = rate
-            input = images.index_select(0, index).to(dtype).mul_(scale).add_(shift)
-            loss = loss_of(model(input), labels.index_select(0, index))
-            optimizer.zero_grad()
+            input = what.images.index_select(0, index).to(dtype).mul_(what.scale).add_(what.shift)
+            with autocast:
+                loss = loss_of(what.model(input), what.labels.index_select(0, index))
+            what.optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            what.optimizer.step()
             losses.append(loss.detach().double())
-            if len(losses) == _STEPS_PER_CHECK or step == len(rates) - 1:
+            if len(losses) == _STEPS_PER_CHECK or step == len(what.rates) - 1:
                 yield _check_losses(torch.stack(losses), first)
                 first, losses = step + 1, []
     finally:

@@ -105,6 +105,7 @@ def train(
     lr_decay: str = "linear",
     sampling: str = "partition",
     seed: int = 0,
+    precision: str = "full",
     engine: str = "auto",
     progress: bool = True,
 ) -> Iterator[EpochMetrics]:
@@ -126,7 +127,8 @@ def train(
         lr_decay: "linear" lowers the learning rate at every step, to reach 0 after the last; "none" keeps it.
         sampling: see :func:`sample_order`.
         seed: of the order in which images are drawn.
-        engine: see :func:`torch_mlp.train_epoch`.
+        precision: see :func:`torch_mlp.train_epoch`.
+        engine: see there.
         progress: whether to show a progress bar with loss and images per second, where there is a terminal.
 
     Yields:
@@ -181,6 +183,7 @@ def train(
                     order=sample_order(num_samples, sampling, generator),
                     scale=data.scale,
                     shift=data.shift,
+                    precision=precision,
                     engine=engine,
                     progress=report if progress else None,
                 ).item()

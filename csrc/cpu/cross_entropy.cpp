@@ -18,6 +18,7 @@
 #include <limits>
 #include <numeric>
 
+#include "../cross_entropy.h"
 #include "../tensor.h"
 #include "dtypes.h"
 #include "scratch.h"
@@ -266,6 +267,8 @@ constexpr size_t kFreshBytes = 2 << 20;
 
 // --- the ops ---
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const Tensor& target,
                                                      const std::optional<Tensor>& weight, const std::string& reduction,
                                                      int64_t ignore_index, double label_smoothing) {
@@ -328,7 +331,6 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
   return grad_input;
 }
 
-}  // namespace
 }  // namespace torch_mlp
 
 STABLE_TORCH_LIBRARY_IMPL(torch_mlp, CPU, m) {

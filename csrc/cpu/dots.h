@@ -31,7 +31,7 @@ TORCH_MLP_INLINE void add_dots(const float* x, int64_t x_stride, const float* w,
 }
 
 template <int rows, int outputs>
-__attribute__((noinline)) void dot_tile(const LinearForward& self, int64_t row, int64_t n) {
+__attribute__((noinline)) void dot_tile(const LinearForward<float>& self, int64_t row, int64_t n) {
   constexpr int count = rows * outputs, groups = (count + kLanes - 1) / kLanes;
   const int64_t depth = self.shape.in_features, whole = whole_vectors(depth);
   const int64_t x_stride = self.input.stride, w_stride = self.weight.stride;
@@ -66,8 +66,8 @@ __attribute__((noinline)) void dot_tile(const LinearForward& self, int64_t row, 
 }
 
 template <int rows = kDotRows, int outputs = kDotOutputs>
-TORCH_MLP_INLINE void dot_tile_of(int64_t row_count, int64_t output_count, const LinearForward& self, int64_t row,
-                                  int64_t n) {
+TORCH_MLP_INLINE void dot_tile_of(int64_t row_count, int64_t output_count, const LinearForward<float>& self,
+                                  int64_t row, int64_t n) {
   if (row_count < rows) {
     if constexpr (rows > 1) {
       dot_tile_of<rows - 1, outputs>(row_count, output_count, self, row, n);
@@ -81,7 +81,7 @@ TORCH_MLP_INLINE void dot_tile_of(int64_t row_count, int64_t output_count, const
   }
 }
 
-void linear_by_dots(const LinearForward& self, int64_t begin, int64_t end) {
+void linear_by_dots(const LinearForward<float>& self, int64_t begin, int64_t end) {
   const int64_t row_tasks = ceil_div(self.shape.batch, kDotTaskRows);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first_row = task % row_tasks * kDotTaskRows, first_n = task / row_tasks * kDotTaskOutputs;

@@ -14,6 +14,9 @@
 // are narrow or end within a vector. A few rows of x, or a few outputs, go by dot products along in_features instead
 // (dots.h).
 //
+// All of it is there for float and for bfloat16_pair, whose matrices hold two bfloat16 along the depth in an element,
+// so that the depth is half as long, and which are summed in float.
+//
 // The tiles' sums over a long depth are cut at about kTileDepth, for cache and for accuracy. Every element is summed in
 // the same order whichever thread computes it. For level.h.
 #pragma once
@@ -45,8 +48,9 @@ TORCH_MLP_INLINE int64_t equal_part(int64_t total, int64_t size) {
 }
 
 // Operand a of a tile: element (i, p) lies at data[i * row_stride + p * depth_stride].
+template <typename T>
 struct Broadcast {
-  const float* data;
+  const T* data;
   int64_t row_stride, depth_stride;
 };
 
@@ -71,8 +75,8 @@ TORCH_MLP_INLINE void add_or_store(const vec (&sum)[rows][vectors], Matrix c, in
 }
 
 // c (rows, cols) = a b, or c += a b, with cols in the last of `vectors` vectors; b can be read in whole vectors.
-template <int rows, int vectors>
-__attribute__((noinline)) void tile(int64_t depth, Broadcast a, ConstMatrix b, Matrix c, int64_t cols,
+template <int rows, int vectors, typename T>
+__attribute__((noinline)) void tile(int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols,
                                     bool accumulates) {
   // Where the sums will go is fetched meanwhile: with a short depth, waiting for it would take as long as the work.
   TORCH_MLP_UNROLL
@@ -94,7 +98,7 @@ __attribute__((noinline)) void tile(int64_t depth, Broadcast a, ConstMatrix b, M
       const vec element = broadcast(a.data[i * a.row_stride]);
       TORCH_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        sum[i][j] += element * b_row[j];
+        sum[i][j] = multiply_add<T>(element, b_row[j], sum[i][j]);
       }
     }
   }
@@ -105,8 +109,8 @@ __attribute__((noinline)) void tile(int64_t depth, Broadcast a, ConstMatrix b, M
   }
 }
 
-template <int most_rows, int vectors>
-TORCH_MLP_INLINE void tile_of(int64_t rows, int64_t depth, Broadcast a, ConstMatrix b, Matrix c, int64_t cols,
+template <int most_rows, int vectors, typename T>
+TORCH_MLP_INLINE void tile_of(int64_t rows, int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols,
                               bool accumulates) {
   if (rows == most_rows) {
     tile<most_rows, vectors>(depth, a, b, c, cols, accumulates);
@@ -116,12 +120,14 @@ TORCH_MLP_INLINE void tile_of(int64_t rows, int64_t depth, Broadcast a, ConstMat
 }
 
 // What is needed next: (rows, cols), adjacent rows too far apart for the processor to fetch it by itself.
+template <typename T>
 struct Ahead {
-  ConstMatrix matrix;
+  Rows<const T> matrix;
   int64_t rows, cols;
 };
 
-TORCH_MLP_INLINE void fetch(const Ahead& ahead, int64_t begin, int64_t end) {
+template <typename T>
+TORCH_MLP_INLINE void fetch(const Ahead<T>& ahead, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t j = 0; j < ahead.cols; j += 16) {
       __builtin_prefetch(ahead.matrix.data + i * ahead.matrix.stride + j);
@@ -131,40 +137,48 @@ TORCH_MLP_INLINE void fetch(const Ahead& ahead, int64_t begin, int64_t end) {
 
 // The tiles of one panel of at most kTileCols columns, one below the other and of about the same height. Meanwhile the
 // next panel is fetched: its rows lie too far apart for the processor to do so by itself.
-template <int vectors = kTileVectors>
-void tiles(int64_t rows, int64_t depth, Broadcast a, ConstMatrix b, Matrix c, int64_t cols, bool accumulates,
-           Ahead ahead) {
+template <typename T, int vectors = kTileVectors>
+void tiles(int64_t rows, int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols, bool accumulates,
+           Ahead<T> ahead) {
   if constexpr (vectors > 1) {
     if (cols <= (vectors - 1) * kLanes) {
-      return tiles<vectors - 1>(rows, depth, a, b, c, cols, accumulates, ahead);
+      return tiles<T, vectors - 1>(rows, depth, a, b, c, cols, accumulates, ahead);
     }
   }
   const int64_t count = ceil_div(rows, kTileRows);
   for (int64_t t = 0, begin = 0; t < count; ++t) {
     const int64_t end = rows * (t + 1) / count;
     fetch(ahead, ahead.rows * t / count, ahead.rows * (t + 1) / count);
-    tile_of<kTileRows, vectors>(end - begin, depth, {a.data + begin * a.row_stride, a.row_stride, a.depth_stride}, b,
-                                {c.data + begin * c.stride, c.stride}, cols, accumulates);
+    tile_of<kTileRows, vectors, T>(end - begin, depth, {a.data + begin * a.row_stride, a.row_stride, a.depth_stride}, b,
+                                   {c.data + begin * c.stride, c.stride}, cols, accumulates);
     begin = end;
   }
 }
 
 // --- product: c = a b or a^T b. A task is a row of tiles, or a panel of columns where there are few rows. ---
 
-bool is_split_by_rows(const Product& self) { return self.rows >= kMinSplitRows; }
+template <typename T>
+bool is_split_by_rows(const Product<T>& self) {
+  return self.rows >= kMinSplitRows;
+}
 
-int64_t product_tasks(const Product& self) {
+template <typename T>
+int64_t product_tasks(const Product<T>& self) {
   return is_split_by_rows(self) ? ceil_div(self.rows, kTileRows) : ceil_div(self.cols, kTileCols);
 }
 
-int64_t product_scratch(const Product& self) { return equal_part(self.depth, kTileDepth) * kTileCols; }
+template <typename T>
+int64_t product_scratch(const Product<T>& self) {
+  return equal_part(self.depth, kTileDepth) * kTileCols;
+}
 
 // (depth, cols) of b with the rows filled up with zeros to whole vectors.
-ConstMatrix pack(ConstMatrix b, int64_t depth, int64_t cols, float* panel) {
+template <typename T>
+Rows<const T> pack(Rows<const T> b, int64_t depth, int64_t cols, T* panel) {
   const int64_t whole = whole_vectors(cols), width = ceil_div(cols, kLanes) * kLanes;
   for (int64_t p = 0; p < depth; ++p) {
-    const float* from = b.data + p * b.stride;
-    float* to = panel + p * width;
+    const T* from = b.data + p * b.stride;
+    T* to = panel + p * width;
     for (int64_t j = 0; j < whole; j += kLanes) {
       store(to + j, load(from + j));
     }
@@ -177,7 +191,7 @@ ConstMatrix pack(ConstMatrix b, int64_t depth, int64_t cols, float* panel) {
 
 // c = a b, or c += a b, of a column and a row: nothing but writing, which goes best along whole rows.
 template <bool adds>
-void outer_product(Broadcast a, const float* b, Matrix c, int64_t rows, int64_t cols) {
+void outer_product(Broadcast<float> a, const float* b, Matrix c, int64_t rows, int64_t cols) {
   const int64_t whole = whole_vectors(cols), left = cols - whole;
   for (int64_t i = 0; i < rows; ++i) {
     const float element = a.data[i * a.row_stride];
@@ -192,7 +206,8 @@ void outer_product(Broadcast a, const float* b, Matrix c, int64_t rows, int64_t 
   }
 }
 
-void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
+template <typename T>
+void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
   const bool by_rows = is_split_by_rows(self);
   const int64_t first_row = by_rows ? begin * kTileRows : 0, first_col = by_rows ? 0 : begin * kTileCols;
   const int64_t last_row = by_rows ? min(self.rows, end * kTileRows) : self.rows;
@@ -204,27 +219,29 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
   const int64_t most_depth = equal_part(self.depth, kTileDepth);
   for (int64_t row = first_row; row < last_row; row += most_rows) {
     const int64_t rows = min(last_row - row, most_rows);
-    const Broadcast a = self.a_transposed ? Broadcast{self.a.data + row, 1, self.a.stride}
-                                          : Broadcast{self.a.data + row * self.a.stride, self.a.stride, 1};
-    if (self.depth == 1) {
-      const Matrix c{self.c.data + row * self.c.stride + first_col, self.c.stride};
-      (self.accumulates ? outer_product<true> : outer_product<false>)(a, self.b.data + first_col, c, rows, b_cols);
-      continue;
+    const auto a = self.a_transposed ? Broadcast<T>{self.a.data + row, 1, self.a.stride}
+                                     : Broadcast<T>{self.a.data + row * self.a.stride, self.a.stride, 1};
+    if constexpr (std::is_same_v<T, float>) {
+      if (self.depth == 1) {
+        const Matrix c{self.c.data + row * self.c.stride + first_col, self.c.stride};
+        (self.accumulates ? outer_product<true> : outer_product<false>)(a, self.b.data + first_col, c, rows, b_cols);
+        continue;
+      }
     }
     for (int64_t p = 0; p < self.depth; p += most_depth) {
       const int64_t depth = min(self.depth - p, most_depth);
-      const float* of_b = self.b.data + p * self.b.stride;
+      const T* of_b = self.b.data + p * self.b.stride;
       for (int64_t col = first_col; col < last_col; col += kTileCols) {
         const int64_t cols = min(last_col - col, kTileCols), next = col + kTileCols;
         const bool packs = kPacksAllPanels || cols % kLanes;
-        const ConstMatrix b{of_b + col, self.b.stride};
+        const Rows<const T> b{of_b + col, self.b.stride};
         const bool fetches = !keeps_b && rows >= kMinFetchRows && (next < last_col || p + depth < self.depth);
-        const Ahead ahead{{next < last_col ? of_b + next : of_b + depth * self.b.stride + first_col, self.b.stride},
-                          fetches ? depth : 0,
-                          kTileCols};
-        tiles(rows, depth, {a.data + p * a.depth_stride, a.row_stride, a.depth_stride},
-              packs ? pack(b, depth, cols, scratch) : b, {self.c.data + row * self.c.stride + col, self.c.stride}, cols,
-              p > 0 || self.accumulates, ahead);
+        const Ahead<T> ahead{{next < last_col ? of_b + next : of_b + depth * self.b.stride + first_col, self.b.stride},
+                             fetches ? depth : 0,
+                             kTileCols};
+        tiles<T>(rows, depth, {a.data + p * a.depth_stride, a.row_stride, a.depth_stride},
+                 packs ? pack(b, depth, cols, scratch) : b, {self.c.data + row * self.c.stride + col, self.c.stride},
+                 cols, p > 0 || self.accumulates, ahead);
       }
     }
   }
@@ -233,12 +250,13 @@ void product(const Product& self, int64_t begin, int64_t end, float* scratch) {
 // --- linear by panels. A task is kLanes rows of the other operand with a panel of kTileCols rows of the first. ---
 
 // (depth, rows) = the transpose of x (rows, depth), the rows filled up with zeros to whole vectors.
-void pack_transposed(ConstMatrix x, int64_t rows, int64_t depth, float* panel) {
+template <typename T>
+void pack_transposed(Rows<const T> x, int64_t rows, int64_t depth, T* panel) {
   const int64_t width = ceil_div(rows, kLanes) * kLanes;
   for (int64_t i = 0; i < rows; i += kLanes) {
     for (int64_t p = 0; p < depth; p += kLanes) {
-      const float* from = x.data + i * x.stride + p;
-      float* to = panel + p * width + i;
+      const T* from = x.data + i * x.stride + p;
+      T* to = panel + p * width + i;
       const int64_t left = depth - p;
       vec square[kLanes];
       if (left >= kLanes && rows - i >= kLanes) {
@@ -307,13 +325,14 @@ bool puts_x_in_panels(const LinearShape& shape) {
   return shape.batch <= shape.out_features || shape.out_features > kMostPanelOutputs;
 }
 
-int64_t panel_floats(const LinearShape& shape) { return shape.in_features * kTileCols; }
+int64_t panel_elements(const LinearShape& shape) { return shape.in_features * kTileCols; }
 
-void linear_by_panels(const LinearForward& self, int64_t begin, int64_t end, float* scratch) {
+template <typename T>
+void linear_by_panels(const LinearForward<T>& self, int64_t begin, int64_t end, T* scratch) {
   const LinearShape& shape = self.shape;
   const bool is_transposed = puts_x_in_panels(shape);
-  const ConstMatrix& first = is_transposed ? self.input : self.weight;
-  const ConstMatrix& other = is_transposed ? self.weight : self.input;
+  const Rows<const T>& first = is_transposed ? self.input : self.weight;
+  const Rows<const T>& other = is_transposed ? self.weight : self.input;
   const int64_t first_rows = is_transposed ? shape.batch : shape.out_features;
   const int64_t other_rows = is_transposed ? shape.out_features : shape.batch;
   const int64_t tasks = ceil_div(other_rows, kLanes);  // of one panel
@@ -322,15 +341,15 @@ void linear_by_panels(const LinearForward& self, int64_t begin, int64_t end, flo
     const int64_t panel = begin / tasks, next = min(end, (panel + 1) * tasks), row = panel * kTileCols;
     const int64_t rows = min(first_rows - row, kTileCols), width = ceil_div(rows, kLanes) * kLanes;
     const int64_t last = min(other_rows, (next - panel * tasks) * kLanes);
-    pack_transposed({first.data + row * first.stride, first.stride}, rows, depth, scratch);
+    pack_transposed<T>({first.data + row * first.stride, first.stride}, rows, depth, scratch);
     for (int64_t n = begin % tasks * kLanes; n < last; n += kFinishRows) {
       const int64_t count = min(last - n, kFinishRows), y_row = is_transposed ? row : n,
                     y_col = is_transposed ? n : row;
       const Matrix y{self.output.data + y_row * self.output.stride + y_col, self.output.stride};
-      const Matrix block{scratch + panel_floats(shape), width};
+      const Matrix block{reinterpret_cast<float*>(scratch + panel_elements(shape)), width};
       for (int64_t p = 0; p < depth; p += most_depth) {
-        tiles(count, min(depth - p, most_depth), {other.data + n * other.stride + p, other.stride, 1},
-              {scratch + p * width, width}, block, width, p > 0, {});
+        tiles<T>(count, min(depth - p, most_depth), {other.data + n * other.stride + p, other.stride, 1},
+                 {scratch + p * width, width}, block, width, p > 0, {});
       }
       const float* bias = self.bias ? self.bias + y_col : nullptr;
       dispatch(self.activation, [&](auto act) {
@@ -345,22 +364,33 @@ void linear_by_panels(const LinearForward& self, int64_t begin, int64_t end, flo
 // --- linear: the better of the two ---
 
 // With fewer rows, or fewer outputs, the panel costs more than it saves.
-bool by_dots(const LinearShape& shape) { return shape.batch < 16 || shape.out_features <= 16; }
+template <typename T>
+bool by_dots(const LinearShape& shape) {
+  return std::is_same_v<T, float> && (shape.batch < 16 || shape.out_features <= 16);
+}
 
+template <typename T>
 int64_t linear_tasks(const LinearShape& shape) {
-  if (by_dots(shape)) {
+  if (by_dots<T>(shape)) {
     return dot_tasks(shape);
   }
   return puts_x_in_panels(shape) ? ceil_div(shape.batch, kTileCols) * ceil_div(shape.out_features, kLanes)
                                  : ceil_div(shape.out_features, kTileCols) * ceil_div(shape.batch, kLanes);
 }
 
+template <typename T>
 int64_t linear_scratch(const LinearShape& shape) {
-  return by_dots(shape) ? 0 : panel_floats(shape) + kFinishRows * kTileCols;
+  return by_dots<T>(shape) ? 0 : panel_elements(shape) + kFinishRows * kTileCols;
 }
 
-void linear(const LinearForward& self, int64_t begin, int64_t end, float* scratch) {
-  by_dots(self.shape) ? linear_by_dots(self, begin, end) : linear_by_panels(self, begin, end, scratch);
+template <typename T>
+void linear(const LinearForward<T>& self, int64_t begin, int64_t end, T* scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_dots<T>(self.shape)) {
+      return linear_by_dots(self, begin, end);
+    }
+  }
+  linear_by_panels(self, begin, end, scratch);
 }
 
 }  // namespace

@@ -21,14 +21,18 @@ const char* forced_level() {
 }
 
 const Kernels& choose() {
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   // The best one comes last.
   const Level levels[] = {
       {&level_default::kernels, true},
 #if defined(__x86_64__)
-      {&level_avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-      {&level_avx512::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&level_avx2::kernels, has_avx2},
+      {&level_avx512::kernels, has_avx512},
+      {&level_avx512_bf16::kernels, has_avx512 && __builtin_cpu_supports("avx512bf16")},
 #endif
   };
   const char* wanted = forced_level();

@@ -1,10 +1,10 @@
 // The vector kernels of the CPU: what the ops call through raw pointers, once for each instruction set.
 //
-// level_default.cpp, level_avx2.cpp and level_avx512.cpp compile the same sources (vector.h, elementwise.h, dots.h,
-// gemm.h, softmax.h, peak.h) for one instruction set each, in a namespace of its own; kernels() gives the table of the
-// best one that the processor has. Those files include no header of torch and no function of the standard library but
-// memcpy, for the linker keeps one copy of an inline function, and it must not be one that only some processors can
-// run.
+// level_default.cpp, level_avx2.cpp, level_avx512.cpp and level_avx512_bf16.cpp compile the same sources (vector.h,
+// elementwise.h, dots.h, gemm.h, softmax.h, peak.h) for one instruction set each, in a namespace of its own; kernels()
+// gives the table of the best one that the processor has. Those files include no header of torch and no function of the
+// standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be one that only
+// some processors can run.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,12 @@ enum class ActivationKind { Identity, Sigmoid, Tanh, ReLU };
 // The bits of a bfloat16: the upper half of a float.
 struct bfloat16_bits {
   uint16_t bits;
+};
+
+// Two bfloat16 of adjacent columns, or of adjacent rows, of a matrix; the last one has a zero beside it where their
+// number is odd. The first is in the lower half.
+struct bfloat16_pair {
+  uint32_t bits;
 };
 
 // A row-major matrix; adjacent rows are stride elements apart.
@@ -37,22 +43,37 @@ struct LinearShape {
   int64_t batch, in_features, out_features;
 };
 
+// T is float, or bfloat16_pair with in_features counted in pairs.
+template <typename T>
 struct LinearForward {
   LinearShape shape;
-  ConstMatrix input, weight;  // (batch, in_features), (out_features, in_features)
-  const float* bias;          // (out_features,) or null
-  Matrix output;              // (batch, out_features)
+  Rows<const T> input, weight;  // (batch, in_features), (out_features, in_features)
+  const float* bias;            // (out_features,) or null
+  Matrix output;                // (batch, out_features)
   ActivationKind activation;
 };
 
 // The product a b or a^T b into c (rows, cols), summed over depth.
+template <typename T>
 struct Product {
   int64_t rows, cols, depth;
-  ConstMatrix a;  // (rows, depth), or (depth, rows) where it is transposed
+  Rows<const T> a;  // (rows, depth), or (depth, rows) where it is transposed
   bool a_transposed;
-  ConstMatrix b;  // (depth, cols)
+  Rows<const T> b;  // (depth, cols)
   Matrix c;
   bool accumulates = false;  // c += the product
+};
+
+// Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and scratch memory for as
+// many elements as the *_scratch function says.
+template <typename T>
+struct ProductKernels {
+  int64_t (*linear_tasks)(const LinearShape&);
+  int64_t (*linear_scratch)(const LinearShape&);
+  void (*linear)(const LinearForward<T>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*product_tasks)(const Product<T>&);
+  int64_t (*product_scratch)(const Product<T>&);
+  void (*product)(const Product<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
 template <typename T>
@@ -134,14 +155,8 @@ struct Kernels {
   const char* name;
   int64_t lanes;  // floats of a vector
 
-  // Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and floats of scratch
-  // memory, as many as the *_scratch function says.
-  int64_t (*linear_tasks)(const LinearShape&);
-  int64_t (*linear_scratch)(const LinearShape&);
-  void (*linear)(const LinearForward&, int64_t begin, int64_t end, float* scratch);
-  int64_t (*product_tasks)(const Product&);
-  int64_t (*product_scratch)(const Product&);
-  void (*product)(const Product&, int64_t begin, int64_t end, float* scratch);
+  ProductKernels<float> products_float;
+  ProductKernels<bfloat16_pair> products_bfloat16;
 
   ElementwiseKernels<float> elementwise_float;
   ElementwiseKernels<bfloat16_bits> elementwise_bfloat16;
@@ -157,6 +172,9 @@ struct Kernels {
   // y = scale * x + shift
   void (*normalize_bytes)(const uint8_t* x, int64_t count, float scale, float shift, float* y);
   void (*normalize_floats)(const float* x, int64_t count, float scale, float shift, float* y);
+  // The pairs of x in bfloat16: of columns (rows, ceil(cols / 2)), and of rows (ceil(rows / 2), cols).
+  void (*pair_columns)(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs);
+  void (*pair_rows)(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs);
   // velocity may be null
   void (*sgd)(float* value, float* velocity, const float* gradient, int64_t count, const SgdStep&);
 
@@ -175,11 +193,23 @@ extern const Kernels kernels;
 namespace level_avx512 {
 extern const Kernels kernels;
 }
+namespace level_avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
-// The table for this processor, or the one that TORCH_MLP_CPU_CAPABILITY (default, avx2 or avx512) names; chosen at the
-// first call.
+// The table for this processor, or the one that TORCH_MLP_CPU_CAPABILITY (default, avx2, avx512 or avx512_bf16) names;
+// chosen at the first call.
 const Kernels& kernels();
+
+template <typename T>
+const ProductKernels<T>& product_kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return kernels().products_float;
+  } else {
+    return kernels().products_bfloat16;
+  }
+}
 
 // Whose matrix products are the faster ones on this processor, as far as it was measured: see linear_act.cpp.
 enum class Products {

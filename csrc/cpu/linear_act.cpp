@@ -163,24 +163,26 @@ void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::op
   const LinearShape shape = linear_shape(input, weight);
   const Tensor x = with_adjacent_columns(input), w = with_adjacent_columns(weight);
   const std::optional<Tensor> b = bias ? std::optional(as_contiguous(*bias)) : std::nullopt;
-  const LinearForward forward{shape,
-                              const_matrix(x),
-                              const_matrix(w),
-                              b ? b->const_data_ptr<float>() : nullptr,
-                              matrix(output, shape.out_features),
-                              activation};
-  const int64_t tasks = kernels().linear_tasks(shape);
+  const LinearForward<float> forward{shape,
+                                     const_matrix(x),
+                                     const_matrix(w),
+                                     b ? b->const_data_ptr<float>() : nullptr,
+                                     matrix(output, shape.out_features),
+                                     activation};
+  const ProductKernels<float>& table = kernels().products_float;
+  const int64_t tasks = table.linear_tasks(shape);
   const int64_t grain = grain_of(tasks, shape.batch * shape.in_features * shape.out_features);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    kernels().linear(forward, begin, end, scratch<Panel, float>(kernels().linear_scratch(shape)));
+    table.linear(forward, begin, end, scratch<Panel, float>(table.linear_scratch(shape)));
   });
 }
 
-void product_by_kernels(const Product& product) {
-  const int64_t tasks = kernels().product_tasks(product);
+void product_by_kernels(const Product<float>& product) {
+  const ProductKernels<float>& table = kernels().products_float;
+  const int64_t tasks = table.product_tasks(product);
   const int64_t grain = grain_of(tasks, product.rows * product.cols * product.depth);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    kernels().product(product, begin, end, scratch<Panel, float>(kernels().product_scratch(product)));
+    table.product(product, begin, end, scratch<Panel, float>(table.product_scratch(product)));
   });
 }
 

@@ -14,34 +14,9 @@
 #include <cstdint>
 #include <numeric>
 
-#include "../tensor.h"
-#include "kernels.h"
-#include "scratch.h"
+#include "dense_layer.h"
 
 namespace torch_mlp {
-
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// Some numbers with what moves them, and velocity null where there is no momentum.
-struct Parameter {
-  float* value;
-  float* velocity;
-
-  Parameter from(int64_t offset) const { return {value + offset, velocity ? velocity + offset : nullptr}; }
-};
-
-struct Layer {
-  int64_t ins, outs;
-  ActivationKind activation;
-  Parameter weight, bias;  // bias.value is null where there is none
-};
-
-inline void move(const Parameter& parameter, const float* gradient, int64_t count, const SgdStep& step) {
-  kernels().sgd(parameter.value, parameter.velocity, gradient, count, step);
-}
 
 // Its methods take the columns of a panel, and the width to which they are filled up.
 class PixelLayer {

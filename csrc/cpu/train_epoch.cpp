@@ -1,6 +1,7 @@
-// The op that trains a network for many minibatches at once; trainer.h does it.
+// The op that trains a network for many minibatches at once: trainer.h does it for float32, train_steps.h for float64.
 #include "../activation.h"
 #include "../tensor.h"
+#include "../train_steps.h"
 #include "trainer.h"
 
 namespace torch_mlp {
@@ -18,14 +19,50 @@ ActivationKind activation_kind(const char* op, const std::string& name) {
   return kind;
 }
 
+struct Cpu {
+  static constexpr auto linear_act = linear_act_cpu;
+  static constexpr auto linear_act_backward = linear_act_backward_cpu;
+  static constexpr auto cross_entropy = cross_entropy_cpu;
+  static constexpr auto cross_entropy_backward = cross_entropy_backward_cpu;
+
+  static void gather(const Gather& self) {
+    const int64_t features = self.input.size(1);
+    const auto normalize = [&](const auto* images) {
+      for (int64_t i = 0; i < self.input.size(0); ++i) {
+        const int64_t image = self.order.const_data_ptr<int64_t>()[self.first + i];
+        self.target.mutable_data_ptr<int64_t>()[i] = self.labels.const_data_ptr<int64_t>()[image];
+        std::transform(images + image * features, images + (image + 1) * features,
+                       self.input.mutable_data_ptr<double>() + i * features,
+                       [&](auto pixel) { return self.scale * double(pixel) + self.shift; });
+      }
+    };
+    self.images.scalar_type() == ScalarType::Byte ? normalize(self.images.const_data_ptr<uint8_t>())
+                                                  : normalize(self.images.const_data_ptr<double>());
+  }
+
+  static void sgd(const ParameterStep& self) {
+    double *value = self.value.mutable_data_ptr<double>(),
+           *velocity = self.velocity ? self.velocity->mutable_data_ptr<double>() : nullptr;
+    const double* gradient = self.gradient.const_data_ptr<double>();
+    for (int64_t i = 0; i < self.value.numel(); ++i) {
+      double direction = self.weight_decay * value[i] + gradient[i];
+      if (velocity) {
+        direction += self.momentum * velocity[i];
+        velocity[i] = direction;
+      }
+      value[i] -= self.lr * direction;
+    }
+  }
+};
+
 Tensor train_epoch_cpu(const Tensor& images, const Tensor& labels, const Tensor& order,
                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                        const std::vector<Tensor>& velocities, const std::vector<std::string>& activations,
                        int64_t batch_size, const Tensor& lr, double momentum, double weight_decay, double scale,
-                       double shift, bool skips_zeros) {
+                       double shift, bool skips_zeros, bool bfloat16) {
   constexpr const char* op = "_train_epoch";
   check_train_epoch(op, images, labels, order, weights, biases, velocities, activations.size(), batch_size, lr,
-                    momentum);
+                    momentum, bfloat16);
   const int64_t classes = weights.back().size(0), count = order.numel();
   const int64_t* order_data = order.const_data_ptr<int64_t>();
   const int64_t* label_data = labels.const_data_ptr<int64_t>();
@@ -35,6 +72,10 @@ Tensor train_epoch_cpu(const Tensor& images, const Tensor& labels, const Tensor&
                              "), got ", image, " at position ", i);
     check<std::out_of_range>(uint64_t(label_data[image]) < uint64_t(classes), op, ": expected labels in [0, ", classes,
                              "), got ", label_data[image], " at position ", image);
+  }
+  if (weights[0].scalar_type() == ScalarType::Double) {
+    return train_steps<Cpu>(images, labels, order, weights, biases, velocities, activations, batch_size,
+                            lr.const_data_ptr<double>(), momentum, weight_decay, scale, shift, ScalarType::Double);
   }
   std::vector<Layer> layers;
   for (size_t l = 0; l < weights.size(); ++l) {
@@ -53,7 +94,8 @@ Tensor train_epoch_cpu(const Tensor& images, const Tensor& labels, const Tensor&
                     count,
                     scale,
                     shift};
-  const Options options{batch_size, lr.const_data_ptr<double>(), momentum, weight_decay, skips_zeros && are_bytes};
+  const Options options{batch_size,   lr.const_data_ptr<double>(), momentum,
+                        weight_decay, skips_zeros && are_bytes,    bfloat16};
   const Tensor losses = empty({ceil_div(count, batch_size)}, ScalarType::Double, lr);
   Trainer(layers, data, options, std::max<int64_t>(1, torch::stable::get_num_threads()))
       .run(losses.mutable_data_ptr<double>());

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "barrier.h"
+#include "dense_layer.h"
 #include "kernels.h"
 #include "pixel_layer.h"
 #include "scratch.h"
@@ -33,7 +34,7 @@
 namespace torch_mlp {
 
 constexpr int64_t kImageUnit = 64;   // a minibatch is filled up to a multiple of so many images with empty ones
-constexpr int64_t kUpdateRows = 64;  // of a weight, whose gradients are computed at once
+constexpr int64_t kFewOutputs = 16;  // of a layer, up to which bfloat16 would save nothing
 
 struct Images {
   const uint8_t* bytes;  // or
@@ -49,6 +50,7 @@ struct Options {
   const double* lr;  // of each minibatch
   double momentum, weight_decay;
   bool skips_zeros;
+  bool bfloat16;  // products of bfloat16, where they save time
 };
 
 class Trainer {
@@ -63,6 +65,13 @@ class Trainer {
         steps_(ceil_div(images.count, options.batch_size)),
         padded_batch_(ceil_div(options.batch_size, kImageUnit) * kImageUnit) {
     const int64_t features = layers_[0].ins, classes = layers_.back().outs;
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const bool is_dense = l > 0 || !options_.skips_zeros;
+      dense_.emplace_back(layers_[l], options_.bfloat16 && is_dense && layers_[l].outs > kFewOutputs, l > 0, arena_);
+      grad_z_.push_back({take_matrix<float>(padded_batch_, layers_[l].outs, arena_)});
+      grad_z_[l].take_pairs(padded_batch_, layers_[l].outs, dense_[l].in_bfloat16() && l > 0, dense_[l].in_bfloat16(),
+                            arena_);
+    }
     for (Minibatch& minibatch : minibatches_) {
       minibatch.labels = arena_.take<int64_t>(padded_batch_);
       if (options_.skips_zeros) {
@@ -70,16 +79,13 @@ class Trainer {
         minibatch.columns = arena_.take<uint8_t>(padded_batch_ * features);
         minibatch.sums = arena_.take<float>(padded_batch_);
       } else {
-        minibatch.input = take_matrix(features);
+        minibatch.input = take_input(0);
       }
-      for (size_t l = 0; l + 1 < layers_.size(); ++l) {
-        minibatch.hidden.push_back(take_matrix(layers_[l].outs));
+      for (size_t l = 1; l < layers_.size(); ++l) {
+        minibatch.hidden.push_back(take_input(l));
       }
     }
-    for (const Layer& layer : layers_) {
-      grad_z_.push_back(take_matrix(layer.outs));
-    }
-    padded_logits_ = take_matrix(classes);
+    padded_logits_ = take_matrix<float>(padded_batch_, classes, arena_);
     logits_ = arena_.take<float>(padded_batch_ * classes);
     grad_logits_ = arena_.take<float>(padded_batch_ * classes);
     if (options_.skips_zeros) {
@@ -87,17 +93,17 @@ class Trainer {
       no_image_ = arena_.take<uint8_t>(features);
     }
     int64_t scratch = 0, widest = 0;
-    for (const Layer& layer : layers_) {
-      widest = std::max({widest, padded(layer.ins), padded(layer.outs)});
-      scratch = std::max({scratch, table_.linear_scratch({padded_batch_, layer.ins, layer.outs}),
-                          table_.product_scratch({padded_batch_, layer.ins, layer.outs, {}, false, {}, {}}),
-                          table_.product_scratch({layer.outs, layer.ins, padded_batch_, {}, false, {}, {}})});
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      widest = std::max({widest, padded(layers_[l].ins), padded(layers_[l].outs)});
+      scratch = std::max(scratch, dense_[l].scratch(padded_batch_));
     }
     for (int64_t t = 0; t < threads_; ++t) {
-      of_threads_.push_back({arena_.take<float>(scratch), arena_.take<float>(kUpdateRows * widest),
+      of_threads_.push_back({{arena_.take<float>(scratch), arena_.take<float>(kUpdateRows * widest)},
                              arena_.take<float>(padded_batch_ * table_.pixels.most_width),
-                             arena_.take<float>(5 * padded_batch_), arena_.take<double>(2 * padded_batch_),
-                             arena_.take<double>(widest), arena_.take<double>(steps_)});
+                             arena_.take<float>(5 * padded_batch_),
+                             arena_.take<double>(2 * padded_batch_),
+                             arena_.take<double>(widest),
+                             arena_.take<double>(steps_)});
     }
   }
 
@@ -124,23 +130,29 @@ class Trainer {
   // What belongs to a minibatch. There are two, so that the next is made ready while the present one is in use.
   struct Minibatch {
     int64_t* labels;
-    Matrix input;                      // the normalised images, or, where zero pixels are skipped,
+    Operand input;                     // the normalised images, or, where zero pixels are skipped,
     std::vector<const uint8_t*> rows;  // the raw images,
     uint8_t* columns;                  // their transpose,
     float* sums;                       // and scale times the sum of the bytes of each
-    std::vector<Matrix> hidden;        // outputs of the layers but the last
+    std::vector<Operand> hidden;       // outputs of the layers but the last
   };
 
   // Memory of a thread's own.
   struct Thread {
-    float *scratch, *gradient, *panel, *softmax;
+    Workspace workspace;
+    float *panel, *softmax;
     double *softmax_double, *sums, *losses;
   };
 
-  Matrix take_matrix(int64_t cols) {
-    // An odd number of cache lines, so that a column of the matrix does not fall into a few sets of a cache.
-    const int64_t stride = (ceil_div(cols, 16) | 1) * 16;
-    return {arena_.take<float>(padded_batch_ * stride), stride};
+  // Memory for the input of a layer.
+  Operand take_input(size_t l) {
+    const int64_t ins = layers_[l].ins;
+    Operand input;
+    if (l > 0 || !dense_[l].in_bfloat16()) {
+      input.values = take_matrix<float>(padded_batch_, ins, arena_);
+    }
+    input.take_pairs(padded_batch_, ins, dense_[l].in_bfloat16(), dense_[l].in_bfloat16(), arena_);
+    return input;
   }
 
   int64_t padded(int64_t count) const { return ceil_div(count, table_.lanes) * table_.lanes; }
@@ -180,10 +192,13 @@ class Trainer {
     }
   }
 
-  static Matrix from_column(Matrix matrix, int64_t col) { return {matrix.data + col, matrix.stride}; }
-
   void work(int64_t t) {
     for_each_panel(t, [&](Range cols, int64_t) { pixel_layer_->take(cols); });
+    for (int64_t l = 0; l <= last(); ++l) {
+      const Layer& layer = layers_[l];
+      l ? dense_[l].pair_weight({0, layer.outs}, own(layer.ins, t))
+        : dense_[l].pair_weight(own(layer.outs, t), {0, layer.ins});
+    }
     prepare(0, t);
     barrier_.wait();
     for (int64_t i = 0; i < steps_; ++i) {
@@ -213,11 +228,23 @@ class Trainer {
       if (pixel_layer_) {
         minibatch.rows[b] = b < size ? images_.bytes + image * features : no_image_;
         minibatch.sums[b] = float(images_.scale * double(table_.pixels.sum(minibatch.rows[b], features)));
-      } else {
-        float* to = minibatch.input.data + b * minibatch.input.stride;
+      } else if (b < size) {
+        // Of pairs the values are needed no longer than it takes to make them, of two images at once.
+        const Operand& input = minibatch.input;
+        const bool is_kept = input.values.data, is_second = b % 2;
+        float* to = is_kept ? input.values.data + b * input.values.stride
+                            : of_threads_[t].workspace.gradient + (is_second ? features : 0);
         const float scale = float(images_.scale), shift = float(images_.shift);
         images_.bytes ? table_.normalize_bytes(images_.bytes + image * features, features, scale, shift, to)
                       : table_.normalize_floats(images_.floats + image * features, features, scale, shift, to);
+        if (!is_kept && (is_second || b + 1 == size)) {
+          const Rows<bfloat16_pair> columns = input.columns, rows = input.rows;
+          const int64_t first = b / 2 * 2, count = is_second ? 2 : 1;
+          Operand{{of_threads_[t].workspace.gradient, features},
+                  {columns.data + first * columns.stride, columns.stride},
+                  {rows.data + first / 2 * rows.stride, rows.stride}}
+              .pair({0, count}, {0, features});
+        }
       }
     }
     fetch(i + 1);
@@ -251,18 +278,19 @@ class Trainer {
     const Minibatch& minibatch = minibatches_[i % 2];
     const int64_t batch = size_of(i);
     for (int64_t l = 0; l == 0 || l < last(); ++l) {
-      const Layer& layer = layers_[l];
-      const Matrix output = l == last() ? padded_logits_ : minibatch.hidden[l];
+      const Operand output = l == last() ? Operand{padded_logits_} : minibatch.hidden[l];
+      const Range own_cols = own(layers_[l].outs, t);
       if (l == 0 && pixel_layer_) {
         for_each_panel(t, [&](Range cols, int64_t width) {
           pixel_layer_->forward(minibatch.rows.data(), minibatch.sums, batch, cols, width,
-                                from_column(output, cols.begin), of_threads_[t].panel, of_threads_[t].gradient);
+                                from_column(output.values, cols.begin), of_threads_[t].panel,
+                                of_threads_[t].workspace.gradient);
         });
-      } else {
-        const Range cols = own(layer.outs, t);
-        linear(layer, cols, l == 0 ? minibatch.input : minibatch.hidden[l - 1], from_column(output, cols.begin), batch,
-               t);
+      } else if (own_cols.size() > 0) {
+        dense_[l].forward(l == 0 ? minibatch.input : minibatch.hidden[l - 1], batch, own_cols,
+                          from_column(output.values, own_cols.begin), of_threads_[t].workspace);
       }
+      output.pair({0, batch}, own_cols);
       barrier_.wait();
     }
   }
@@ -279,9 +307,11 @@ class Trainer {
         std::copy_n(padded_logits_.data + b * padded_logits_.stride, classes, logits_ + b * classes);
       }
     } else if (count > 0) {
-      const Matrix& input = minibatch.hidden[last() - 1];
-      linear(layers_.back(), {0, classes}, {input.data + rows.begin * input.stride, input.stride},
-             {logits_ + begin, classes}, count, t);
+      // By rows, which a layer in bfloat16 takes as pairs of columns.
+      const Operand& input = minibatch.hidden[last() - 1];
+      const Operand of_rows{{input.values.data + rows.begin * input.values.stride, input.values.stride},
+                            {input.columns.data + rows.begin * input.columns.stride, input.columns.stride}};
+      dense_.back().forward(of_rows, count, {0, classes}, {logits_ + begin, classes}, my.workspace);
     }
     float *maximum = my.softmax, *sum = maximum + count, *at_label = sum + count, *log_sum = at_label + count;
     double *loss = my.softmax_double, *numerator = loss + count;
@@ -295,8 +325,9 @@ class Trainer {
     table_.softmax_float.gradient(logits_ + begin, nullptr, grad_logits_ + begin, count, classes, maximum, sum,
                                   numerator, nullptr, labels, at_label);
     for (int64_t b = rows.begin; b < rows.end; ++b) {
-      std::copy_n(grad_logits_ + b * classes, classes, grad_z_.back().data + b * grad_z_.back().stride);
+      std::copy_n(grad_logits_ + b * classes, classes, grad_z_.back().values.data + b * grad_z_.back().values.stride);
     }
+    grad_z_.back().pair(rows, {0, classes});
   }
 
   void backward(int64_t i, int64_t t) {
@@ -306,63 +337,41 @@ class Trainer {
     const SgdStep step{adds_directly() ? -1 : float(options_.lr[i]), float(options_.momentum),
                        float(options_.weight_decay)};
     const Range classes = own(layers_.back().outs, t);
-    move_bias(last(), classes, sums_of(grad_z_.back(), classes, batch, my), step, my);
+    move_bias(last(), classes, sums_of(grad_z_.back().values, classes, batch, my), step, my);
     for (int64_t l = last(); l > 0; --l) {
       // Of W_l a thread reads and moves its own columns only.
       const Layer& layer = layers_[l];
       const Range cols = own(layer.ins, t);
-      const Matrix output = minibatch.hidden[l - 1], grad_output = grad_z_[l], grad_z = grad_z_[l - 1];
+      const Operand &output = minibatch.hidden[l - 1], &grad_z = grad_z_[l - 1];
+      const Matrix grad_cols = from_column(grad_z.values, cols.begin);
       if (cols.size() > 0) {
-        multiply({batch,
-                  cols.size(),
-                  layer.outs,
-                  grad_output,
-                  false,
-                  {layer.weight.value + cols.begin, layer.ins},
-                  from_column(grad_z, cols.begin)},
-                 my);
-        move_weight(layer, {0, layer.outs}, cols, grad_output, output, batch, step, my);
+        dense_[l].backward(grad_z_[l], batch, cols, grad_cols, my.workspace);
+        dense_[l].move_weight({0, layer.outs}, cols, grad_z_[l], output, batch, step, adds_directly(), my.workspace);
         std::fill_n(my.sums, cols.size(), 0);
-        table_.elementwise_float.activation_backward(layers_[l - 1].activation, from_column(grad_z, cols.begin),
-                                                     from_column(output, cols.begin), from_column(grad_z, cols.begin),
-                                                     my.sums, batch, cols.size());
+        table_.elementwise_float.activation_backward(layers_[l - 1].activation, grad_cols,
+                                                     from_column(output.values, cols.begin), grad_cols, my.sums, batch,
+                                                     cols.size());
         move_bias(l - 1, cols, my.sums, step, my);
+        grad_z.pair({0, batch}, cols);
       }
       if (l > 1) {
         barrier_.wait();
       }
     }
     for_each_panel(t, [&](Range cols, int64_t width) {
-      const Matrix grad_z = from_column(grad_z_[0], cols.begin);
-      multiply({1, cols.size(), batch, {minibatch.sums, padded_batch_}, false, grad_z, {my.panel, cols.size()}}, my);
-      pixel_layer_->move(minibatch.columns, padded_batch_, grad_z, sums_of(grad_z_[0], cols, batch, my), my.panel, cols,
-                         width, step, my.gradient);
+      const Matrix grad_z = from_column(grad_z_[0].values, cols.begin);
+      multiply<float>({1, cols.size(), batch, {minibatch.sums, padded_batch_}, false, grad_z, {my.panel, cols.size()}},
+                      my.workspace);
+      pixel_layer_->move(minibatch.columns, padded_batch_, grad_z, sums_of(grad_z_[0].values, cols, batch, my),
+                         my.panel, cols, width, step, my.workspace.gradient);
     });
     if (!pixel_layer_) {
-      move_weight(layers_[0], own(layers_[0].outs, t), {0, layers_[0].ins}, grad_z_[0], minibatch.input, batch, step,
-                  my);
+      dense_[0].move_weight(own(layers_[0].outs, t), {0, layers_[0].ins}, grad_z_[0], minibatch.input, batch, step,
+                            adds_directly(), my.workspace);
     }
   }
 
   // --- what they are made of, each done by the calling thread alone ---
-
-  // The columns of a layer's output, which begin at output.
-  void linear(const Layer& layer, Range cols, ConstMatrix input, Matrix output, int64_t batch, int64_t t) const {
-    if (cols.size() > 0) {
-      const LinearShape shape{batch, layer.ins, cols.size()};
-      table_.linear({shape,
-                     input,
-                     {layer.weight.value + cols.begin * layer.ins, layer.ins},
-                     layer.bias.value ? layer.bias.value + cols.begin : nullptr,
-                     output,
-                     layer.activation},
-                    0, table_.linear_tasks(shape), of_threads_[t].scratch);
-    }
-  }
-
-  void multiply(const Product& product, const Thread& my) const {
-    table_.product(product, 0, table_.product_tasks(product), my.scratch);
-  }
 
   // The sums over the rows of some columns.
   const double* sums_of(Matrix matrix, Range cols, int64_t rows, const Thread& my) const {
@@ -375,41 +384,8 @@ class Trainer {
 
   void move_bias(int64_t l, Range cols, const double* sums, const SgdStep& step, const Thread& my) const {
     if (layers_[l].bias.value) {
-      std::copy_n(sums, cols.size(), my.gradient);
-      move(layers_[l].bias.from(cols.begin), my.gradient, cols.size(), step);
-    }
-  }
-
-  // Some rows and columns of a weight, by the gradient of the layer's z and its input.
-  void move_weight(const Layer& layer, Range rows, Range cols, Matrix grad_z, Matrix input, int64_t batch,
-                   const SgdStep& step, const Thread& my) const {
-    if (adds_directly()) {
-      Product product{rows.size(),
-                      cols.size(),
-                      batch,
-                      from_column(grad_z, rows.begin),
-                      true,
-                      from_column(input, cols.begin),
-                      {layer.weight.value + rows.begin * layer.ins + cols.begin, layer.ins}};
-      product.accumulates = true;
-      if (rows.size() > 0) {
-        multiply(product, my);
-      }
-      return;
-    }
-    for (int64_t row = rows.begin; row < rows.end; row += kUpdateRows) {
-      const int64_t count = std::min(kUpdateRows, rows.end - row);
-      multiply({count,
-                cols.size(),
-                batch,
-                from_column(grad_z, row),
-                true,
-                from_column(input, cols.begin),
-                {my.gradient, cols.size()}},
-               my);
-      for (int64_t r = 0; r < count; ++r) {
-        move(layer.weight.from((row + r) * layer.ins + cols.begin), my.gradient + r * cols.size(), cols.size(), step);
-      }
+      std::copy_n(sums, cols.size(), my.workspace.gradient);
+      move(layers_[l].bias.from(cols.begin), my.workspace.gradient, cols.size(), step);
     }
   }
 
@@ -423,8 +399,9 @@ class Trainer {
   const int64_t padded_batch_;  // images of a minibatch, filled up
   Arena arena_;
   Minibatch minibatches_[2];
-  std::vector<Matrix> grad_z_;  // of every layer
-  Matrix padded_logits_;        // of a network of one layer, whose columns are computed in whole vectors
+  std::vector<DenseLayer> dense_;  // all of them, though a pixel layer does the work of the first
+  std::vector<Operand> grad_z_;    // of every layer
+  Matrix padded_logits_;           // of a network of one layer, whose columns are computed in whole vectors
   float *logits_, *grad_logits_;
   std::vector<Thread> of_threads_;
   std::optional<PixelLayer> pixel_layer_;  // where zero pixels are skipped

@@ -76,11 +76,15 @@ TORCH_MLP_INLINE vec widen(vec_short bits) {
 #endif
 }
 
-// Rounds to nearest, ties to even; NaN stays NaN.
-TORCH_MLP_INLINE vec_short narrow(vec value) {
+// As bfloat16 in the upper half of each lane, the lower half being anything: rounded to nearest, ties to even; NaN
+// stays NaN.
+TORCH_MLP_INLINE vec_uint round_to_bfloat16(vec value) {
   const vec_uint bits = (vec_uint)value;
-  const vec_uint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const vec_uint result = value != value ? vec_uint{} + 0x7fc0 : rounded;
+  return value != value ? vec_uint{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+TORCH_MLP_INLINE vec_short narrow(vec value) {
+  const vec_uint result = round_to_bfloat16(value) >> 16;
 #if TORCH_MLP_LANES == 16
   return (vec_short)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)result);
 #else
@@ -109,6 +113,36 @@ TORCH_MLP_INLINE void store_part(bfloat16_bits* to, vec value, int64_t count) {
   bfloat16_bits values[kLanes];
   store(values, value);
   memcpy(to, values, count * sizeof(bfloat16_bits));
+}
+
+// Pairs are moved about in the bits of a vec.
+TORCH_MLP_INLINE vec load(const bfloat16_pair* from) { return load(reinterpret_cast<const float*>(from)); }
+TORCH_MLP_INLINE void store(bfloat16_pair* to, vec value) { store(reinterpret_cast<float*>(to), value); }
+TORCH_MLP_INLINE vec load_part(const bfloat16_pair* from, int64_t count) {
+  return load_part(reinterpret_cast<const float*>(from), count);
+}
+TORCH_MLP_INLINE void store_part(bfloat16_pair* to, vec value, int64_t count) {
+  store_part(reinterpret_cast<float*>(to), value, count);
+}
+TORCH_MLP_INLINE vec pairs_of(vec first, vec second) {
+  return (vec)(round_to_bfloat16(first) >> 16 | (round_to_bfloat16(second) & 0xffff0000));
+}
+TORCH_MLP_INLINE vec broadcast(bfloat16_pair x) { return (vec)(vec_uint{} + x.bits); }
+
+// sum + a b, of bfloat16_pairs the products of both.
+template <typename T>
+TORCH_MLP_INLINE vec multiply_add(vec a, vec b, vec sum) {
+  if constexpr (std::is_same_v<T, float>) {
+    return sum + a * b;
+  } else {
+#if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    const auto first = [](vec pair) { return (vec)((vec_uint)pair << 16); };
+    const auto second = [](vec pair) { return (vec)((vec_uint)pair & 0xffff0000); };
+    return sum + first(a) * first(b) + second(a) * second(b);
+#endif
+  }
 }
 
 TORCH_MLP_INLINE float to_float(float value) { return value; }

@@ -17,6 +17,7 @@
 // one block adds these sums; the split depends on the shape alone, so that the bits are the same in every run.
 #include <cmath>
 
+#include "../cross_entropy.h"
 #include "common.cuh"
 
 namespace torch_mlp {
@@ -271,6 +272,8 @@ const T* data_of(const std::optional<Tensor>& self) {
   return self ? self->const_data_ptr<T>() : nullptr;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& input, const Tensor& target,
                                                       const std::optional<Tensor>& weight, const std::string& reduction,
                                                       int64_t ignore_index, double label_smoothing) {
@@ -350,7 +353,6 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& inpu
   return grad_input;
 }
 
-}  // namespace
 }  // namespace torch_mlp
 
 STABLE_TORCH_LIBRARY_IMPL(torch_mlp, CUDA, m) {

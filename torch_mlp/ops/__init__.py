@@ -44,7 +44,7 @@ def has_cuda_kernels() -> bool:
 
 
 def cpu_capability() -> str:
-    """The instruction set of the CPU's kernels: "default", "avx2" or "avx512"."""
+    """The instruction set of the CPU's kernels: "default", "avx2", "avx512" or "avx512_bf16"."""
     return torch.ops.torch_mlp._cpu_capability()
 
 

@@ -1,0 +1,9 @@
+// The vector kernels with AVX-512 and its products of pairs of bfloat16: 16 lanes.
+#if defined(__x86_64__)
+#define TORCH_MLP_LEVEL level_avx512_bf16
+#define TORCH_MLP_LEVEL_NAME "avx512_bf16"
+#define TORCH_MLP_LANES 16
+#define TORCH_MLP_HAS_BFLOAT16_DOTS
+#define TORCH_MLP_TARGET "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
+#include "level.h"
+#endif
