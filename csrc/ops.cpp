@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
   m.def(
       "_train_epoch(Tensor images, Tensor labels, Tensor order, Tensor(a!)[] weights, Tensor(b!)[] biases, "
       "Tensor(c!)[] velocities, str[] activations, int batch_size, Tensor lr, float momentum, float weight_decay, "
-      "float scale, float shift, bool skips_zeros, bool bfloat16) -> Tensor");
+      "float scale, float shift, bool bfloat16) -> Tensor");
 
   // the instruction set of the CPU's vector kernels: default, avx2, avx512 or avx512_bf16
   m.def("_cpu_capability() -> str");

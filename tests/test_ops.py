@@ -73,15 +73,16 @@ def train_epoch_samples(device):
     )
     order = torch.randperm(20, device=device)
     rest = (["tanh", "identity"], 6, torch.zeros(4, dtype=torch.float64), 0.0, 0.0, 1.0, 0.0)
-    for dtype, skips_zeros, bfloat16 in [
-        (torch.float32, False, False),
-        (torch.float32, True, False),
-        (torch.float32, False, True),
-        (torch.float64, False, False),
+    sparse = images * (torch.rand(20, 5, device=device) < 0.3)
+    for dtype, pixels, bfloat16 in [
+        (torch.float32, images, False),
+        (torch.float32, sparse, False),
+        (torch.float32, images, True),
+        (torch.float64, images, False),
     ]:
         tensors = [torch.randn(4, 5), torch.randn(3, 4), torch.randn(4), torch.empty(0)]
         one, two, bias, none = (tensor.to(device, dtype) for tensor in tensors)
-        yield images, labels, order, [one, two], [bias, none], [], *rest, skips_zeros, bfloat16
+        yield pixels, labels, order, [one, two], [bias, none], [], *rest, bfloat16
 
 
 SAMPLES = {

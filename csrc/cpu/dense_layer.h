@@ -119,9 +119,22 @@ class DenseLayer {
 
   // The columns of the output, which begin at output.
   void forward(const Operand& input, int64_t batch, Range cols, Matrix output, const Workspace& my) const {
+    const float* bias = layer_.bias.value ? layer_.bias.value + cols.begin : nullptr;
     in_bfloat16_
-        ? forward_of<bfloat16_pair>(input.columns, weight_.columns, ceil_div(layer_.ins, 2), batch, cols, output, my)
-        : forward_of<float>(input.values, weight_.values, layer_.ins, batch, cols, output, my);
+        ? linear(input.columns, weight_.columns, {0, ceil_div(layer_.ins, 2)}, batch, cols, bias, layer_.activation,
+                 output, my)
+        : linear(input.values, weight_.values, {0, layer_.ins}, batch, cols, bias, layer_.activation, output, my);
+  }
+
+  // What some columns of the input, from an even one on, add to z: contiguous, (batch, outs).
+  void forward_part(const Operand& input, int64_t batch, Range ins, bool adds_bias, float* z,
+                    const Workspace& my) const {
+    const Range outs{0, layer_.outs};
+    const float* bias = adds_bias ? layer_.bias.value : nullptr;
+    constexpr auto none = ActivationKind::Identity;
+    in_bfloat16_ ? linear(input.columns, weight_.columns, {ins.begin / 2, ceil_div(ins.end, 2)}, batch, outs, bias,
+                          none, {z, layer_.outs}, my)
+                 : linear(input.values, weight_.values, ins, batch, outs, bias, none, {z, layer_.outs}, my);
   }
 
   // The columns of the gradient of the input, which begin at grad_input.
@@ -158,16 +171,16 @@ class DenseLayer {
 
  private:
   template <typename T>
-  void forward_of(Rows<const T> input, Rows<const T> weight, int64_t depth, int64_t batch, Range cols, Matrix output,
-                  const Workspace& my) const {
+  static void linear(Rows<T> input, Rows<T> weight, Range ins, int64_t batch, Range outs, const float* bias,
+                     ActivationKind activation, Matrix output, const Workspace& my) {
     const ProductKernels<T>& table = product_kernels<T>();
-    const LinearShape shape{batch, depth, cols.size()};
+    const LinearShape shape{batch, ins.size(), outs.size()};
     table.linear({shape,
-                  input,
-                  {weight.data + cols.begin * weight.stride, weight.stride},
-                  layer_.bias.value ? layer_.bias.value + cols.begin : nullptr,
+                  from_column(input, ins.begin),
+                  {weight.data + outs.begin * weight.stride + ins.begin, weight.stride},
+                  bias,
                   output,
-                  layer_.activation},
+                  activation},
                  0, table.linear_tasks(shape), reinterpret_cast<T*>(my.products));
   }
 

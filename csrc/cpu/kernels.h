@@ -141,7 +141,7 @@ struct PixelKernels {
   void (*pack)(ConstMatrix w, int64_t count, int64_t features, float* panel);
   // w (count, features) from a panel, row being added to each of its rows
   void (*unpack)(const float* panel, int64_t width, const float* row, int64_t features, Matrix w, int64_t count);
-  // columns[k * stride + i] = rows[i][k], for 16 rows
+  // columns[k * stride + i] = rows[i][k], for 64 rows
   void (*transpose)(const uint8_t* const* rows, int64_t features, uint8_t* columns, int64_t stride);
   int64_t (*sum)(const uint8_t* bytes, int64_t count);
   void (*forward)(const PixelForward&);

@@ -48,14 +48,17 @@ TORCH_MLP_INLINE uint64_t nonzero_bytes(const uint8_t* bytes, int64_t count) {
 #endif
 }
 
-// sum += the rows that mask names, times the values of the bytes.
-template <int vectors>
+// sum += the rows that mask names, times the values of the bytes; from the last one on where it goes backwards.
+template <int vectors, bool backwards = false>
 TORCH_MLP_INLINE void add_rows(uint64_t mask, const uint8_t* bytes, const float* values, const float* rows,
                                int64_t stride, vec (&sum)[vectors]) {
-  for (; mask; mask &= mask - 1) {
-    const int64_t k = __builtin_ctzll(mask);
+  _Pragma("GCC unroll 1") while (mask) {
+    const int64_t k = backwards ? 63 - __builtin_clzll(mask) : __builtin_ctzll(mask);
+    mask = backwards ? mask ^ (uint64_t(1) << k) : mask & (mask - 1);
     const vec value = broadcast(values[bytes[k]]);
     const float* row = rows + k * stride;
+    // Else the compiler adds k * stride anew for each vector, and keeps the mask where arithmetic is slow.
+    asm("" : "+r"(row), "+r"(mask));
     TORCH_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
       sum[j] += value * load(row + j * kLanes);
@@ -92,25 +95,41 @@ void pixels_forward_panel(const PixelForward& self) {
   }
 }
 
+// The sum over the images of byte times row of grad_z for a pixel. Where there are more rows than the first-level cache
+// holds, every other pixel goes through them backwards and finds there what the last one left.
+template <int vectors, bool backwards>
+TORCH_MLP_INLINE bool sum_over_images(const PixelUpdate& self, const uint8_t* bytes, vec (&sum)[vectors]) {
+  uint64_t any = 0;
+  for (int64_t done = 0; done < self.images; done += 64) {
+    const int64_t i = backwards ? self.images - 64 - done : done;
+    const uint64_t mask = nonzero_bytes(bytes + i, 64);
+    any |= mask;
+    add_rows<vectors, backwards>(mask, bytes + i, self.values, self.grad_z.data + i * self.grad_z.stride,
+                                 self.grad_z.stride, sum);
+  }
+  return any != 0;
+}
+
 template <int vectors, bool has_velocity>
 void pixels_update_panel(const PixelUpdate& self) {
   constexpr int64_t width = vectors * kLanes;
-  const bool moves_always = has_velocity || self.step.weight_decay != 0;
+  const bool is_plain = !has_velocity && self.step.weight_decay == 0;
   for (int64_t k = 0; k < self.features; ++k) {
     const uint8_t* bytes = self.columns + k * self.images;
     vec sum[vectors] = {};
-    uint64_t any = 0;
-    for (int64_t i = 0; i < self.images; i += 64) {
-      const uint64_t mask = nonzero_bytes(bytes + i, 64);
-      any |= mask;
-      add_rows<vectors>(mask, bytes + i, self.values, self.grad_z.data + i * self.grad_z.stride, self.grad_z.stride,
-                        sum);
-    }
-    if (any || moves_always) {
+    const bool any = self.images > 64 && k % 2 ? sum_over_images<vectors, true>(self, bytes, sum)
+                                               : sum_over_images<vectors, false>(self, bytes, sum);
+    float* row = self.panel + k * width;
+    if (!is_plain) {
       TORCH_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        const int64_t at = k * width + j * kLanes;
-        sgd_vector<has_velocity>(self.panel + at, has_velocity ? self.velocity + at : nullptr, sum[j], self.step);
+        sgd_vector<has_velocity>(row + j * kLanes, has_velocity ? self.velocity + k * width + j * kLanes : nullptr,
+                                 sum[j], self.step);
+      }
+    } else if (any) {
+      TORCH_MLP_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        store(row + j * kLanes, load(row + j * kLanes) - self.step.lr * sum[j]);
       }
     }
   }
@@ -136,47 +155,80 @@ void pixels_update(const PixelUpdate& self) {
   });
 }
 
-using bytes16 = uint8_t __attribute__((vector_size(16)));
+constexpr int kByteRows = 4 * kLanes;  // of bytes that are transposed at once: 16 in each quarter of a vector
+using vec_bytes = uint8_t __attribute__((vector_size(kByteRows)));
 
-template <int first>
-TORCH_MLP_INLINE bytes16 interleave(bytes16 a, bytes16 b) {
+// Lower (first is 0) or upper (8) halves of each 16 bytes of a and b, in turns.
+template <int first, size_t... byte>
+TORCH_MLP_INLINE vec_bytes interleave(vec_bytes a, vec_bytes b, std::index_sequence<byte...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(a, b, first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3,
-                                 first + 19, first + 4, first + 20, first + 5, first + 21, first + 6, first + 22,
-                                 first + 7, first + 23);
+  return __builtin_shufflevector(a, b, int(byte / 16 * 16 + first + byte % 16 / 2 + (byte % 2 ? kByteRows : 0))...);
 #else
-  return __builtin_shuffle(
-      a, b,
-      bytes16{first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3, first + 19, first + 4,
-              first + 20, first + 5, first + 21, first + 6, first + 22, first + 7, first + 23});
+  return __builtin_shuffle(a, b,
+                           vec_bytes{uint8_t(byte / 16 * 16 + first + byte % 16 / 2 + (byte % 2 ? kByteRows : 0))...});
 #endif
 }
 
-// columns[k * stride + i] = rows[i][k], for 16 rows.
-void transpose_bytes(const uint8_t* const* rows, int64_t features, uint8_t* columns, int64_t stride) {
-  for (int64_t k = 0; k < features; k += 16) {
-    const int64_t left = min(16, features - k);
-    bytes16 square[16] = {};
+// The 16 bytes from k on, or the first count of them, of each of the rows 0, 16, ...
+template <bool is_whole>
+TORCH_MLP_INLINE vec_bytes load_rows(const uint8_t* const* rows, int64_t k, int64_t count) {
+#if TORCH_MLP_LANES == 16
+  const __mmask16 mask = is_whole ? 0xffff : __mmask16((1u << count) - 1);
+  __m512i value = _mm512_zextsi128_si512(_mm_maskz_loadu_epi8(mask, rows[0] + k));
+  value = _mm512_inserti64x2(value, _mm_maskz_loadu_epi8(mask, rows[16] + k), 1);
+  value = _mm512_inserti64x2(value, _mm_maskz_loadu_epi8(mask, rows[32] + k), 2);
+  return (vec_bytes)_mm512_inserti64x2(value, _mm_maskz_loadu_epi8(mask, rows[48] + k), 3);
+#else
+  uint8_t bytes[kByteRows] = {};
+  for (int q = 0; q < kByteRows / 16; ++q) {
+    memcpy(bytes + 16 * q, rows[16 * q] + k, is_whole ? 16 : count);
+  }
+  vec_bytes value;
+  memcpy(&value, bytes, sizeof(value));
+  return value;
+#endif
+}
+
+template <bool is_whole>
+TORCH_MLP_INLINE void transpose_square(const uint8_t* const* rows, int64_t k, int64_t count, uint8_t* columns,
+                                       int64_t stride) {
+  constexpr auto bytes = std::make_index_sequence<kByteRows>{};
+  vec_bytes square[16];
+  TORCH_MLP_UNROLL
+  for (int l = 0; l < 16; ++l) {
+    square[l] = load_rows<is_whole>(rows + l, k, count);
+  }
+  // Each round interleaves the halves; after four of them rows have become columns.
+  TORCH_MLP_UNROLL
+  for (int round = 0; round < 4; ++round) {
+    vec_bytes halves[16];
+    TORCH_MLP_UNROLL
+    for (int l = 0; l < 8; ++l) {
+      halves[2 * l] = interleave<0>(square[l], square[l + 8], bytes);
+      halves[2 * l + 1] = interleave<8>(square[l], square[l + 8], bytes);
+    }
     TORCH_MLP_UNROLL
     for (int l = 0; l < 16; ++l) {
-      left == 16 ? memcpy(&square[l], rows[l] + k, 16) : memcpy(&square[l], rows[l] + k, left);
+      square[l] = halves[l];
     }
-    // Each round interleaves the halves; after four of them rows have become columns.
-    TORCH_MLP_UNROLL
-    for (int round = 0; round < 4; ++round) {
-      bytes16 halves[16];
-      TORCH_MLP_UNROLL
-      for (int l = 0; l < 8; ++l) {
-        halves[2 * l] = interleave<0>(square[l], square[l + 8]);
-        halves[2 * l + 1] = interleave<8>(square[l], square[l + 8]);
-      }
-      TORCH_MLP_UNROLL
-      for (int l = 0; l < 16; ++l) {
-        square[l] = halves[l];
-      }
+  }
+  TORCH_MLP_UNROLL
+  for (int l = 0; l < 16; ++l) {
+    if (is_whole || l < count) {
+      memcpy(columns + (k + l) * stride, &square[l], sizeof(vec_bytes));
     }
-    for (int l = 0; l < left; ++l) {
-      memcpy(columns + (k + l) * stride, &square[l], 16);
+  }
+}
+
+// columns[k * stride + i] = rows[i][k], for 64 rows.
+void transpose_bytes(const uint8_t* const* rows, int64_t features, uint8_t* columns, int64_t stride) {
+  const int64_t whole = features / 16 * 16;
+  for (int64_t i = 0; i < 64; i += kByteRows) {
+    for (int64_t k = 0; k < whole; k += 16) {
+      transpose_square<true>(rows + i, k, 16, columns + i, stride);
+    }
+    if (whole < features) {
+      transpose_square<false>(rows + i, whole, features - whole, columns + i, stride);
     }
   }
 }

@@ -19,6 +19,19 @@ ActivationKind activation_kind(const char* op, const std::string& name) {
   return kind;
 }
 
+// Whether skipping the pixels that are 0 pays, by some of the images.
+bool has_few_pixels(const Images& images, int64_t features) {
+  constexpr int64_t most_sampled = 300;
+  constexpr double most_nonzero = 0.6;
+  const int64_t distance = std::max<int64_t>(1, ceil_div(images.count, most_sampled));
+  int64_t sampled = 0, nonzero = 0;
+  for (int64_t i = 0; i < images.count; i += distance, ++sampled) {
+    const uint8_t* image = images.bytes + images.order[i] * features;
+    nonzero += std::count_if(image, image + features, [](uint8_t pixel) { return pixel != 0; });
+  }
+  return double(nonzero) <= most_nonzero * double(sampled * features);
+}
+
 struct Cpu {
   static constexpr auto linear_act = linear_act_cpu;
   static constexpr auto linear_act_backward = linear_act_backward_cpu;
@@ -59,7 +72,7 @@ Tensor train_epoch_cpu(const Tensor& images, const Tensor& labels, const Tensor&
                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                        const std::vector<Tensor>& velocities, const std::vector<std::string>& activations,
                        int64_t batch_size, const Tensor& lr, double momentum, double weight_decay, double scale,
-                       double shift, bool skips_zeros, bool bfloat16) {
+                       double shift, bool bfloat16) {
   constexpr const char* op = "_train_epoch";
   check_train_epoch(op, images, labels, order, weights, biases, velocities, activations.size(), batch_size, lr,
                     momentum, bfloat16);
@@ -94,8 +107,8 @@ Tensor train_epoch_cpu(const Tensor& images, const Tensor& labels, const Tensor&
                     count,
                     scale,
                     shift};
-  const Options options{batch_size,   lr.const_data_ptr<double>(), momentum,
-                        weight_decay, skips_zeros && are_bytes,    bfloat16};
+  const bool skips_zeros = are_bytes && has_few_pixels(data, images.size(1));
+  const Options options{batch_size, lr.const_data_ptr<double>(), momentum, weight_decay, skips_zeros, bfloat16};
   const Tensor losses = empty({ceil_div(count, batch_size)}, ScalarType::Double, lr);
   Trainer(layers, data, options, std::max<int64_t>(1, torch::stable::get_num_threads()))
       .run(losses.mutable_data_ptr<double>());

@@ -11,10 +11,11 @@
 // Fused: everything between the raw images and the moved weights, which never leave the caches of their thread. Where
 // most pixels are 0, the first layer works on the others only (pixel_layer.h).
 //
-// Threads: each owns columns of every h_l, the rows of W_1 and the columns of the other W_l that go with them, and some
-// rows of the softmax; they meet 2 L - 2 times in a minibatch, or twice for L = 1. Every element is summed in the same
-// order whichever thread computes it. They are threads of this call's own, since a meeting needs all of them to run at
-// once, which torch's parallel_for does not promise.
+// Threads: each owns columns of every h_l, the rows of W_1 and the columns of the other W_l that go with them. Of the
+// logits each adds what its own columns of the last h_l give, and each computes the softmax of all rows for itself
+// where the classes are few. So they meet 2 L - 3 times in a minibatch, at least once. Every element is summed in an
+// order that depends on the number of threads alone. They are threads of this call's own, since a meeting needs all of
+// them to run at once, which torch's parallel_for does not promise.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +36,7 @@ namespace torch_mlp {
 
 constexpr int64_t kImageUnit = 64;   // a minibatch is filled up to a multiple of so many images with empty ones
 constexpr int64_t kFewOutputs = 16;  // of a layer, up to which bfloat16 would save nothing
+constexpr int64_t kFewClasses = 64;  // whose softmax is not worth dividing among threads
 
 struct Images {
   const uint8_t* bytes;  // or
@@ -68,9 +70,7 @@ class Trainer {
     for (size_t l = 0; l < layers_.size(); ++l) {
       const bool is_dense = l > 0 || !options_.skips_zeros;
       dense_.emplace_back(layers_[l], options_.bfloat16 && is_dense && layers_[l].outs > kFewOutputs, l > 0, arena_);
-      grad_z_.push_back({take_matrix<float>(padded_batch_, layers_[l].outs, arena_)});
-      grad_z_[l].take_pairs(padded_batch_, layers_[l].outs, dense_[l].in_bfloat16() && l > 0, dense_[l].in_bfloat16(),
-                            arena_);
+      grad_z_.push_back(l + 1 < layers_.size() ? take_grad_z(l) : Operand{});
     }
     for (Minibatch& minibatch : minibatches_) {
       minibatch.labels = arena_.take<int64_t>(padded_batch_);
@@ -85,9 +85,9 @@ class Trainer {
         minibatch.hidden.push_back(take_input(l));
       }
     }
-    padded_logits_ = take_matrix<float>(padded_batch_, classes, arena_);
-    logits_ = arena_.take<float>(padded_batch_ * classes);
-    grad_logits_ = arena_.take<float>(padded_batch_ * classes);
+    for (Matrix& logits : padded_logits_) {
+      logits = take_matrix<float>(padded_batch_, last() == 0 ? classes : 0, arena_);
+    }
     if (options_.skips_zeros) {
       pixel_layer_.emplace(layers_[0], images_.scale, images_.shift, arena_);
       no_image_ = arena_.take<uint8_t>(features);
@@ -98,8 +98,13 @@ class Trainer {
       scratch = std::max(scratch, dense_[l].scratch(padded_batch_));
     }
     for (int64_t t = 0; t < threads_; ++t) {
+      const auto logits = [&] { return arena_.take<float>(padded_batch_ * classes); };
       of_threads_.push_back({{arena_.take<float>(scratch), arena_.take<float>(kUpdateRows * widest)},
                              arena_.take<float>(padded_batch_ * table_.pixels.most_width),
+                             {logits(), logits()},
+                             logits(),
+                             logits(),
+                             take_grad_z(layers_.size() - 1),
                              arena_.take<float>(5 * padded_batch_),
                              arena_.take<double>(2 * padded_batch_),
                              arena_.take<double>(widest),
@@ -127,7 +132,8 @@ class Trainer {
   }
 
  private:
-  // What belongs to a minibatch. There are two, so that the next is made ready while the present one is in use.
+  // What belongs to a minibatch. There are three: the next one is made ready while the present one is in use, and the
+  // last one is, for the first layer's step with it comes late.
   struct Minibatch {
     int64_t* labels;
     Operand input;                     // the normalised images, or, where zero pixels are skipped,
@@ -140,9 +146,21 @@ class Trainer {
   // Memory of a thread's own.
   struct Thread {
     Workspace workspace;
-    float *panel, *softmax;
+    float* panel;
+    float* logits_part[2];  // the thread's part of the sum, of two minibatches in turns
+    float *logits, *grad_logits;
+    Operand grad_z;  // of the last layer
+    float* softmax;
     double *softmax_double, *sums, *losses;
   };
+
+  // Memory for the gradient of a layer's z.
+  Operand take_grad_z(size_t l) {
+    const int64_t outs = layers_[l].outs;
+    Operand grad_z{take_matrix<float>(padded_batch_, outs, arena_)};
+    grad_z.take_pairs(padded_batch_, outs, dense_[l].in_bfloat16() && l > 0, dense_[l].in_bfloat16(), arena_);
+    return grad_z;
+  }
 
   // Memory for the input of a layer.
   Operand take_input(size_t l) {
@@ -203,12 +221,25 @@ class Trainer {
     barrier_.wait();
     for (int64_t i = 0; i < steps_; ++i) {
       forward(i, t);
-      softmax(i, t);
       prepare(i + 1, t);
       barrier_.wait();
+      softmax(i, t);
       backward(i, t);
     }
+    first_layer(steps_, t);
     for_each_panel(t, [&](Range cols, int64_t width) { pixel_layer_->give(cols, width); });
+  }
+
+  const Minibatch& minibatch_of(int64_t i) const { return minibatches_[i % 3]; }
+
+  SgdStep step_of(int64_t i) const {
+    return {adds_directly() ? -1 : float(options_.lr[i]), float(options_.momentum), float(options_.weight_decay)};
+  }
+
+  bool divides_softmax() const { return layers_.back().outs > kFewClasses; }
+
+  const Operand& grad_z_of(int64_t l, int64_t t) const {
+    return l < last() ? grad_z_[l] : of_threads_[divides_softmax() ? 0 : t].grad_z;
   }
 
   // --- a minibatch ---
@@ -218,7 +249,7 @@ class Trainer {
     if (i >= steps_) {
       return;
     }
-    Minibatch& minibatch = minibatches_[i % 2];
+    Minibatch& minibatch = minibatches_[i % 3];
     const int64_t size = size_of(i), features = layers_[0].ins;
     const int64_t* order = images_.order + i * options_.batch_size;
     const Range images = part(padded_batch_, t, 16);
@@ -247,13 +278,20 @@ class Trainer {
         }
       }
     }
-    fetch(i + 1);
+    // The images after these lie anywhere in memory. In a function of its own this would be dropped: to GCC it does
+    // nothing.
+    for (int64_t b = 0; pixel_layer_ && i + 1 < steps_ && b < size_of(i + 1); ++b) {
+      const uint8_t* image = images_.bytes + order[options_.batch_size + b] * features;
+      for (int64_t k = 0; k < features; k += 64) {
+        __builtin_prefetch(image + k, 0, 2);
+      }
+    }
     if (pixel_layer_) {
       // By pixels: two threads that write into one line of the cache would wait for each other.
       const Range pixels = part(features, t, 16);
-      for (int64_t b = 0; b < padded_batch_; b += 16) {
-        std::array<const uint8_t*, 16> rows;
-        for (int64_t l = 0; l < 16; ++l) {
+      for (int64_t b = 0; b < padded_batch_; b += kImageUnit) {
+        std::array<const uint8_t*, kImageUnit> rows;
+        for (int64_t l = 0; l < kImageUnit; ++l) {
           rows[l] = (b + l < size ? images_.bytes + order[b + l] * features : no_image_) + pixels.begin;
         }
         table_.pixels.transpose(rows.data(), pixels.size(), minibatch.columns + pixels.begin * padded_batch_ + b,
@@ -262,112 +300,150 @@ class Trainer {
     }
   }
 
-  // The images of minibatch i, which lie anywhere in memory. Every thread reads all of them.
-  void fetch(int64_t i) const {
-    const int64_t features = layers_[0].ins;
-    const int64_t* order = images_.order + i * options_.batch_size;
-    for (int64_t b = 0; i < steps_ && images_.bytes && b < size_of(i); ++b) {
-      const uint8_t* image = images_.bytes + order[b] * features;
-      for (int64_t k = 0; k < features; k += 64) {
-        __builtin_prefetch(image + k, 0, 2);
+  // The first layer's step with minibatch i - 1 and its output for minibatch i: what a panel of its weight is fetched
+  // for once.
+  void first_layer(int64_t i, int64_t t) {
+    const Thread& my = of_threads_[t];
+    const bool moves = i > 0, goes_on = i < steps_;
+    const Minibatch &before = minibatch_of(i + 2), &minibatch = minibatch_of(i);
+    const Operand &grad_z = grad_z_of(0, t),
+                  &output = last() == 0 ? Operand{padded_logits_[i % 2]} : minibatch.hidden[0];
+    for_each_panel(t, [&](Range cols, int64_t width) {
+      if (moves) {
+        const int64_t batch = size_of(i - 1);
+        const Matrix grad_cols = from_column(grad_z.values, cols.begin);
+        multiply<float>(
+            {1, cols.size(), batch, {before.sums, padded_batch_}, false, grad_cols, {my.panel, cols.size()}},
+            my.workspace);
+        pixel_layer_->move(before.columns, padded_batch_, grad_cols, sums_of(grad_z.values, cols, batch, my), my.panel,
+                           cols, width, step_of(i - 1), my.workspace.gradient);
       }
+      if (goes_on) {
+        pixel_layer_->forward(minibatch.rows.data(), minibatch.sums, size_of(i), cols, width,
+                              from_column(output.values, cols.begin), my.panel, my.workspace.gradient);
+      }
+    });
+    const Range outs = own(layers_[0].outs, t);
+    if (!pixel_layer_ && outs.size() > 0) {
+      const Range ins{0, layers_[0].ins};
+      if (moves) {
+        dense_[0].move_weight(outs, ins, grad_z, before.input, size_of(i - 1), step_of(i - 1), adds_directly(),
+                              my.workspace);
+      }
+      if (goes_on) {
+        dense_[0].forward(minibatch.input, size_of(i), outs, from_column(output.values, outs.begin), my.workspace);
+      }
+    }
+    if (goes_on) {
+      output.pair({0, size_of(i)}, outs);
     }
   }
 
   void forward(int64_t i, int64_t t) {
-    const Minibatch& minibatch = minibatches_[i % 2];
+    const Thread& my = of_threads_[t];
+    const Minibatch& minibatch = minibatch_of(i);
     const int64_t batch = size_of(i);
-    for (int64_t l = 0; l == 0 || l < last(); ++l) {
-      const Operand output = l == last() ? Operand{padded_logits_} : minibatch.hidden[l];
-      const Range own_cols = own(layers_[l].outs, t);
-      if (l == 0 && pixel_layer_) {
-        for_each_panel(t, [&](Range cols, int64_t width) {
-          pixel_layer_->forward(minibatch.rows.data(), minibatch.sums, batch, cols, width,
-                                from_column(output.values, cols.begin), of_threads_[t].panel,
-                                of_threads_[t].workspace.gradient);
-        });
-      } else if (own_cols.size() > 0) {
-        dense_[l].forward(l == 0 ? minibatch.input : minibatch.hidden[l - 1], batch, own_cols,
-                          from_column(output.values, own_cols.begin), of_threads_[t].workspace);
+    first_layer(i, t);
+    for (int64_t l = 1; l < last(); ++l) {
+      barrier_.wait();
+      const Operand& output = minibatch.hidden[l];
+      if (const Range cols = own(layers_[l].outs, t); cols.size() > 0) {
+        dense_[l].forward(minibatch.hidden[l - 1], batch, cols, from_column(output.values, cols.begin), my.workspace);
+        output.pair({0, batch}, cols);
       }
-      output.pair({0, batch}, own_cols);
+    }
+    const Range cols = own(layers_.back().ins, t);
+    if (last() > 0 && cols.size() > 0) {
+      dense_.back().forward_part(minibatch.hidden[last() - 1], batch, cols, adds_last_bias(t), my.logits_part[i % 2],
+                                 my.workspace);
+    }
+  }
+
+  // The last thread always owns something.
+  bool adds_last_bias(int64_t t) const { return t == threads_ - 1; }
+
+  // Some rows of the logits, one after the other.
+  const float* gather_logits(int64_t i, int64_t t, Range rows) const {
+    const int64_t classes = layers_.back().outs, count = rows.size() * classes, begin = rows.begin * classes;
+    float* logits = of_threads_[t].logits;
+    if (last() == 0) {
+      const Matrix from = padded_logits_[i % 2];
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        std::copy_n(from.data + b * from.stride, classes, logits + (b - rows.begin) * classes);
+      }
+      return logits;
+    }
+    if (threads_ == 1) {
+      return of_threads_[t].logits_part[i % 2] + begin;
+    }
+    std::fill_n(logits, count, 0);
+    for (int64_t other = 0; other < threads_; ++other) {
+      if (own(layers_.back().ins, other).size() > 0) {
+        const float* part = of_threads_[other].logits_part[i % 2] + begin;
+        std::transform(part, part + count, logits, logits, [](float value, float sum) { return sum + value; });
+      }
+    }
+    return logits;
+  }
+
+  // Losses, and the gradient of the last layer's z: all of it, or for many classes a thread's rows.
+  void softmax(int64_t i, int64_t t) {
+    const Thread& my = of_threads_[t];
+    const int64_t batch = size_of(i), classes = layers_.back().outs;
+    const Range rows = divides_softmax() ? part(batch, t, 16) : Range{0, batch};
+    const int64_t count = rows.size();
+    const float* logits = gather_logits(i, t, rows);
+    float *maximum = my.softmax, *sum = maximum + count, *at_label = sum + count, *log_sum = at_label + count;
+    double *loss = my.softmax_double, *numerator = loss + count;
+    const int64_t* labels = minibatch_of(i).labels + rows.begin;
+    table_.softmax_float.statistics(logits, labels, count, classes, maximum, sum, at_label);
+    table_.losses(maximum, sum, at_label, labels, count, log_sum, loss);
+    if (divides_softmax() || t == 0) {
+      my.losses[i] = std::accumulate(loss, loss + count, 0.0);
+    }
+    const double scale = (adds_directly() ? -options_.lr[i] : 1.0) / double(batch);
+    std::fill_n(numerator, count, scale);
+    std::fill_n(at_label, count, float(scale));
+    table_.softmax_float.gradient(logits, nullptr, my.grad_logits, count, classes, maximum, sum, numerator, nullptr,
+                                  labels, at_label);
+    const Operand& grad_z = grad_z_of(last(), t);
+    for (int64_t b = 0; b < count; ++b) {
+      std::copy_n(my.grad_logits + b * classes, classes, grad_z.values.data + (rows.begin + b) * grad_z.values.stride);
+    }
+    grad_z.pair(rows, {0, classes});
+    if (divides_softmax()) {
       barrier_.wait();
     }
   }
 
-  // Loss and gradient of a thread's rows of logits.
-  void softmax(int64_t i, int64_t t) {
-    const Minibatch& minibatch = minibatches_[i % 2];
+  // All but the first layer's step.
+  void backward(int64_t i, int64_t t) {
+    const Minibatch& minibatch = minibatch_of(i);
     const Thread& my = of_threads_[t];
     const int64_t batch = size_of(i), classes = layers_.back().outs;
-    const Range rows = part(batch, t, 16);
-    const int64_t count = rows.size(), begin = rows.begin * classes;
-    if (last() == 0) {
-      for (int64_t b = rows.begin; b < rows.end; ++b) {
-        std::copy_n(padded_logits_.data + b * padded_logits_.stride, classes, logits_ + b * classes);
-      }
-    } else if (count > 0) {
-      // By rows, which a layer in bfloat16 takes as pairs of columns.
-      const Operand& input = minibatch.hidden[last() - 1];
-      const Operand of_rows{{input.values.data + rows.begin * input.values.stride, input.values.stride},
-                            {input.columns.data + rows.begin * input.columns.stride, input.columns.stride}};
-      dense_.back().forward(of_rows, count, {0, classes}, {logits_ + begin, classes}, my.workspace);
-    }
-    float *maximum = my.softmax, *sum = maximum + count, *at_label = sum + count, *log_sum = at_label + count;
-    double *loss = my.softmax_double, *numerator = loss + count;
-    const int64_t* labels = minibatch.labels + rows.begin;
-    table_.softmax_float.statistics(logits_ + begin, labels, count, classes, maximum, sum, at_label);
-    table_.losses(maximum, sum, at_label, labels, count, log_sum, loss);
-    my.losses[i] = std::accumulate(loss, loss + count, 0.0);
-    const double scale = (adds_directly() ? -options_.lr[i] : 1.0) / double(batch);
-    std::fill_n(numerator, count, scale);
-    std::fill_n(at_label, count, float(scale));
-    table_.softmax_float.gradient(logits_ + begin, nullptr, grad_logits_ + begin, count, classes, maximum, sum,
-                                  numerator, nullptr, labels, at_label);
-    for (int64_t b = rows.begin; b < rows.end; ++b) {
-      std::copy_n(grad_logits_ + b * classes, classes, grad_z_.back().values.data + b * grad_z_.back().values.stride);
-    }
-    grad_z_.back().pair(rows, {0, classes});
-  }
-
-  void backward(int64_t i, int64_t t) {
-    const Minibatch& minibatch = minibatches_[i % 2];
-    const Thread& my = of_threads_[t];
-    const int64_t batch = size_of(i);
-    const SgdStep step{adds_directly() ? -1 : float(options_.lr[i]), float(options_.momentum),
-                       float(options_.weight_decay)};
-    const Range classes = own(layers_.back().outs, t);
-    move_bias(last(), classes, sums_of(grad_z_.back().values, classes, batch, my), step, my);
+    const SgdStep step = step_of(i);
+    // Whoever adds a bias moves it.
+    const Range of_bias = last() == 0 ? own(classes, t) : Range{0, adds_last_bias(t) ? classes : 0};
+    move_bias(last(), of_bias, sums_of(grad_z_of(last(), t).values, of_bias, batch, my), step, my);
     for (int64_t l = last(); l > 0; --l) {
       // Of W_l a thread reads and moves its own columns only.
       const Layer& layer = layers_[l];
       const Range cols = own(layer.ins, t);
-      const Operand &output = minibatch.hidden[l - 1], &grad_z = grad_z_[l - 1];
-      const Matrix grad_cols = from_column(grad_z.values, cols.begin);
+      const Operand &output = minibatch.hidden[l - 1], &grad_z = grad_z_of(l, t), &grad_input = grad_z_[l - 1];
+      const Matrix grad_cols = from_column(grad_input.values, cols.begin);
       if (cols.size() > 0) {
-        dense_[l].backward(grad_z_[l], batch, cols, grad_cols, my.workspace);
-        dense_[l].move_weight({0, layer.outs}, cols, grad_z_[l], output, batch, step, adds_directly(), my.workspace);
+        dense_[l].backward(grad_z, batch, cols, grad_cols, my.workspace);
+        dense_[l].move_weight({0, layer.outs}, cols, grad_z, output, batch, step, adds_directly(), my.workspace);
         std::fill_n(my.sums, cols.size(), 0);
         table_.elementwise_float.activation_backward(layers_[l - 1].activation, grad_cols,
                                                      from_column(output.values, cols.begin), grad_cols, my.sums, batch,
                                                      cols.size());
         move_bias(l - 1, cols, my.sums, step, my);
-        grad_z.pair({0, batch}, cols);
+        grad_input.pair({0, batch}, cols);
       }
       if (l > 1) {
         barrier_.wait();
       }
-    }
-    for_each_panel(t, [&](Range cols, int64_t width) {
-      const Matrix grad_z = from_column(grad_z_[0].values, cols.begin);
-      multiply<float>({1, cols.size(), batch, {minibatch.sums, padded_batch_}, false, grad_z, {my.panel, cols.size()}},
-                      my.workspace);
-      pixel_layer_->move(minibatch.columns, padded_batch_, grad_z, sums_of(grad_z_[0].values, cols, batch, my),
-                         my.panel, cols, width, step, my.workspace.gradient);
-    });
-    if (!pixel_layer_) {
-      dense_[0].move_weight(own(layers_[0].outs, t), {0, layers_[0].ins}, grad_z_[0], minibatch.input, batch, step,
-                            adds_directly(), my.workspace);
     }
   }
 
@@ -398,11 +474,10 @@ class Trainer {
   const int64_t steps_;         // minibatches
   const int64_t padded_batch_;  // images of a minibatch, filled up
   Arena arena_;
-  Minibatch minibatches_[2];
+  Minibatch minibatches_[3];
   std::vector<DenseLayer> dense_;  // all of them, though a pixel layer does the work of the first
-  std::vector<Operand> grad_z_;    // of every layer
-  Matrix padded_logits_;           // of a network of one layer, whose columns are computed in whole vectors
-  float *logits_, *grad_logits_;
+  std::vector<Operand> grad_z_;    // of every layer but the last
+  Matrix padded_logits_[2];        // of a network of one layer, whose columns are computed in whole vectors
   std::vector<Thread> of_threads_;
   std::optional<PixelLayer> pixel_layer_;  // where zero pixels are skipped
   uint8_t* no_image_;

@@ -108,7 +108,7 @@ Tensor train_epoch_cuda(const Tensor& images, const Tensor& labels, const Tensor
                         const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                         const std::vector<Tensor>& velocities, const std::vector<std::string>& activations,
                         int64_t batch_size, const Tensor& lr, double momentum, double weight_decay, double scale,
-                        double shift, bool skips_zeros, bool bfloat16) {
+                        double shift, bool bfloat16) {
   check_train_epoch("_train_epoch", images, labels, order, weights, biases, velocities, activations.size(), batch_size,
                     lr, momentum, bfloat16);
   const DeviceGuard guard(images.get_device_index());

@@ -24,7 +24,6 @@ def _(
     weight_decay: float,
     scale: float,
     shift: float,
-    skips_zeros: bool,
     bfloat16: bool,
 ) -> Tensor:
     return lr.new_empty(lr.shape)
