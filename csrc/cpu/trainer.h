@@ -72,6 +72,7 @@ class Trainer {
       dense_.emplace_back(layers_[l], options_.bfloat16 && is_dense && layers_[l].outs > kFewOutputs, l > 0, arena_);
       grad_z_.push_back(l + 1 < layers_.size() ? take_grad_z(l) : Operand{});
     }
+    minibatches_.resize(threads_ == 1 ? 2 : 3);
     for (Minibatch& minibatch : minibatches_) {
       minibatch.labels = arena_.take<int64_t>(padded_batch_);
       if (options_.skips_zeros) {
@@ -132,8 +133,8 @@ class Trainer {
   }
 
  private:
-  // What belongs to a minibatch. There are three: the next one is made ready while the present one is in use, and the
-  // last one is, for the first layer's step with it comes late.
+  // What belongs to a minibatch. There are two, so that the next one is made ready while the present one is in use; or
+  // three, where another thread may still be using the last one.
   struct Minibatch {
     int64_t* labels;
     Operand input;                     // the normalised images, or, where zero pixels are skipped,
@@ -230,7 +231,7 @@ class Trainer {
     for_each_panel(t, [&](Range cols, int64_t width) { pixel_layer_->give(cols, width); });
   }
 
-  const Minibatch& minibatch_of(int64_t i) const { return minibatches_[i % 3]; }
+  const Minibatch& minibatch_of(int64_t i) const { return minibatches_[size_t(i) % minibatches_.size()]; }
 
   SgdStep step_of(int64_t i) const {
     return {adds_directly() ? -1 : float(options_.lr[i]), float(options_.momentum), float(options_.weight_decay)};
@@ -249,7 +250,7 @@ class Trainer {
     if (i >= steps_) {
       return;
     }
-    Minibatch& minibatch = minibatches_[i % 3];
+    Minibatch& minibatch = minibatches_[size_t(i) % minibatches_.size()];
     const int64_t size = size_of(i), features = layers_[0].ins;
     const int64_t* order = images_.order + i * options_.batch_size;
     const Range images = part(padded_batch_, t, 16);
@@ -280,7 +281,7 @@ class Trainer {
     }
     // The images after these lie anywhere in memory. In a function of its own this would be dropped: to GCC it does
     // nothing.
-    for (int64_t b = 0; pixel_layer_ && i + 1 < steps_ && b < size_of(i + 1); ++b) {
+    for (int64_t b = 0; images_.bytes && i + 1 < steps_ && b < size_of(i + 1); ++b) {
       const uint8_t* image = images_.bytes + order[options_.batch_size + b] * features;
       for (int64_t k = 0; k < features; k += 64) {
         __builtin_prefetch(image + k, 0, 2);
@@ -305,7 +306,7 @@ class Trainer {
   void first_layer(int64_t i, int64_t t) {
     const Thread& my = of_threads_[t];
     const bool moves = i > 0, goes_on = i < steps_;
-    const Minibatch &before = minibatch_of(i + 2), &minibatch = minibatch_of(i);
+    const Minibatch &before = minibatch_of(std::max<int64_t>(0, i - 1)), &minibatch = minibatch_of(i);
     const Operand &grad_z = grad_z_of(0, t),
                   &output = last() == 0 ? Operand{padded_logits_[i % 2]} : minibatch.hidden[0];
     for_each_panel(t, [&](Range cols, int64_t width) {
@@ -474,7 +475,7 @@ class Trainer {
   const int64_t steps_;         // minibatches
   const int64_t padded_batch_;  // images of a minibatch, filled up
   Arena arena_;
-  Minibatch minibatches_[3];
+  std::vector<Minibatch> minibatches_;
   std::vector<DenseLayer> dense_;  // all of them, though a pixel layer does the work of the first
   std::vector<Operand> grad_z_;    // of every layer but the last
   Matrix padded_logits_[2];        // of a network of one layer, whose columns are computed in whole vectors
