@@ -48,21 +48,23 @@ TORCH_MLP_INLINE uint64_t nonzero_bytes(const uint8_t* bytes, int64_t count) {
 #endif
 }
 
+// Without a loop: where GCC unrolls an inner one, it unrolls the one around it as well.
+template <int vectors, size_t... j>
+TORCH_MLP_INLINE void add_row(vec factor, const float* row, vec (&sum)[vectors], std::index_sequence<j...>) {
+  ((sum[j] += factor * load(row + int64_t(j) * kLanes)), ...);
+}
+
 // sum += the rows that mask names, times the values of the bytes; from the last one on where it goes backwards.
 template <int vectors, bool backwards = false>
 TORCH_MLP_INLINE void add_rows(uint64_t mask, const uint8_t* bytes, const float* values, const float* rows,
                                int64_t stride, vec (&sum)[vectors]) {
-  _Pragma("GCC unroll 1") while (mask) {
+  while (mask) {
     const int64_t k = backwards ? 63 - __builtin_clzll(mask) : __builtin_ctzll(mask);
     mask = backwards ? mask ^ (uint64_t(1) << k) : mask & (mask - 1);
-    const vec value = broadcast(values[bytes[k]]);
     const float* row = rows + k * stride;
     // Else the compiler adds k * stride anew for each vector, and keeps the mask where arithmetic is slow.
     asm("" : "+r"(row), "+r"(mask));
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      sum[j] += value * load(row + j * kLanes);
-    }
+    add_row(broadcast(values[bytes[k]]), row, sum, std::make_index_sequence<vectors>{});
   }
 }
 
