@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Train a multilayer perceptron on MNIST with minibatch SGD, as in the lecture, on torch_mlp's fused ops.
 
-With the defaults (one hidden layer of 512 sigmoid units, 10 epochs) it reaches about 98.0 % test accuracy.
+With the defaults (one hidden layer of 256 sigmoid units, 10 epochs) it reaches about 98.1 % test accuracy; with
+--hidden 800 --activation tanh --lr 0.1 --weight-decay 5e-5 --epochs 20 about 98.4 %. Both were chosen on 10,000 of the
+training images, held out for it.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch_mlp
 from torch_mlp import checkpoint, data, plot, training
 from torch_mlp.engine import ENGINES, PRECISIONS, choose_engine
 
+HIDDEN = [256]  # by default
 STOCK_ACTIVATIONS = {
     "identity": torch.nn.Identity,
     "sigmoid": torch.nn.Sigmoid,
@@ -38,14 +41,14 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--hidden", type=positive, nargs="*", default=[512], metavar="WIDTH", help="hidden layers")
+    model.add_argument("--hidden", type=positive, nargs="*", default=HIDDEN, metavar="WIDTH", help="hidden layers")
     model.add_argument("--activation", choices=torch_mlp.functional.ACTIVATIONS, default="sigmoid")
     model.add_argument("--init", choices=("default", "gaussian"), default="default", help="torch's or N(0, 0.1^2)")
 
     sgd = parser.add_argument_group("minibatch SGD")
     sgd.add_argument("--epochs", type=positive, default=10, metavar="N")
     sgd.add_argument("--batch-size", type=positive, default=128, metavar="N")
-    sgd.add_argument("--lr", type=not_negative, default=0.1, help="learning rate")
+    sgd.add_argument("--lr", type=not_negative, default=0.2, help="learning rate")
     sgd.add_argument("--lr-decay", choices=training.LR_DECAYS, default="linear", help="to 0 over the run, or none")
     sgd.add_argument("--momentum", type=not_negative, default=0.9)
     sgd.add_argument("--weight-decay", type=not_negative, default=0.0)

@@ -100,8 +100,8 @@ def check_against_stock(
         assert loss.shape == ()
         assert loss.item() == pytest.approx(true_loss, rel=100 * rounding if precision == "full" else 2 * rounding)
     for ours, theirs, true, before in zip(model.parameters(), eager, truth, start, strict=True):
-        # Sums are taken in another order: some units of rounding, which add up over the steps, are a matter of luck; and
-        # a value may have come near 0 from afar.
+        # Sums are taken in another order: some units of rounding, which add up over the steps, are a matter of luck.
+        # A value may have come near 0 from afar.
         scale = (true.square() + before.square()).mean().sqrt()
         slack = 4 * torch.finfo(dtype).eps * scale * math.sqrt(epochs * len(rates))
         ours = ours.detach().cpu()

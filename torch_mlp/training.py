@@ -99,7 +99,7 @@ def train(
     *,
     epochs: int = 10,
     batch_size: int = 128,
-    lr: float = 0.1,
+    lr: float = 0.2,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     lr_decay: str = "linear",
