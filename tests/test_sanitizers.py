@@ -1,0 +1,44 @@
+"""The threads and the memory of csrc/cpu/trainer.h under the compiler's sanitizers."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+TESTS = Path(__file__).parent
+CPU_SOURCES = TESTS.parent / "csrc" / "cpu"
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_trainer(sanitizer, tmp_path):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs g++ or clang++")
+    flags = ["-std=c++17", "-O1", "-g", "-w", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in cpp_extension.include_paths())]
+    probe = ["-x", "c++", "-", "-o", str(tmp_path / "probe")]
+    if subprocess.run([compiler, *flags, *probe], input="int main() {}", text=True, capture_output=True).returncode:
+        pytest.skip(f"needs the sanitizers {sanitizer} of {compiler}")
+    sources = [TESTS / "sanitized" / "trainer.cpp", CPU_SOURCES / "kernels.cpp", *CPU_SOURCES.glob("level_*.cpp")]
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source, target):
+        return subprocess.run([compiler, *flags, "-c", source, "-o", target], capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for compiled in pool.map(compile_one, sources, objects):
+            assert compiled.returncode == 0, compiled.stderr
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += [f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-pthread"]
+    program = tmp_path / "trainer"
+    linked = subprocess.run([compiler, *flags, *objects, "-o", program, *libraries], capture_output=True, text=True)
+    assert linked.returncode == 0, linked.stderr
+    # What torch's libraries keep until the end is not ours.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    finished = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
+    assert finished.stdout == "trained\n"
