@@ -217,4 +217,4 @@ def test_ctrl_c_saves_what_was_learned(tmp_path):
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert len(record["epochs"]["torch_mlp"]) >= 3
     assert record["test_accuracy"] > 0.3
-    assert checkpoint.load(tmp_path / "out" / "weights.safetensors").num_parameters() == 38_410
+    assert checkpoint.load(tmp_path / "out" / "weights.safetensors").num_parameters() == 19_210

@@ -1,6 +1,6 @@
 """The op ``_train_epoch``: minibatch SGD of a multilayer perceptron on images in memory, many minibatches in one call.
 
-It moves parameters in place and has no gradient. What it computes is in csrc/cpu/train_epoch.cpp.
+It moves parameters in place and has no gradient. What it computes is in csrc/cpu/trainer.h.
 """
 
 import torch
