@@ -76,44 +76,48 @@ class Task:
 
 def ours(task: Task) -> tuple[Peer, Parameters]:
     """torch_mlp.train_epoch."""
-    return _ours(task, "epoch")
+    return _ours(task, "full")
 
 
 def ours_bfloat16(task: Task) -> tuple[Peer, Parameters]:
     """The same with products in bfloat16."""
-    return _ours(task, "epoch", "bf16")
+    return _ours(task, "bf16")
 
 
-def ours_autograd(task: Task) -> tuple[Peer, Parameters]:
-    """Our layers and loss, step by step with autograd and torch.optim.SGD."""
-    return _ours(task, "autograd")
-
-
-def _ours(task: Task, engine: str, precision: str = "full") -> tuple[Peer, Parameters]:
+def _ours(task: Task, precision: str) -> tuple[Peer, Parameters]:
     model = task.fused()
     options: dict[str, Any] = {"batch_size": task.batch_size, "lr": LR, "scale": task.scale, "shift": task.shift}
-    options |= {"engine": engine, "precision": precision}
 
     def run(order: Tensor) -> None:
-        epoch.train_epoch(model, task.images, task.labels, order=order, **options)
+        epoch.train_epoch(model, task.images, task.labels, order=order, engine="epoch", precision=precision, **options)
 
     return run, list(model.parameters())
 
 
+def ours_autograd(task: Task) -> tuple[Peer, Parameters]:
+    """Our network and loss as one autograd node, torch.optim.SGD; the normalised images are in memory."""
+    model = task.fused()
+    return _steps(task, model, model.loss)
+
+
 def torch_eager(task: Task) -> tuple[Peer, Parameters]:
     """Stock layers, autograd, torch.optim.SGD; the normalised images are in memory."""
-    return _steps(task, lambda step: step)
+    model = task.stock()
+    return _steps(task, model, _loss_of(model))
 
 
 def torch_compiled(task: Task) -> tuple[Peer, Parameters]:
     """The same, with forward pass and loss compiled."""
-    return _steps(task, torch.compile)
-
-
-def _steps(task: Task, transform: Callable[[Callable], Callable]) -> tuple[Peer, Parameters]:
     model = task.stock()
+    return _steps(task, model, torch.compile(_loss_of(model)))
+
+
+def _loss_of(model: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda input, target: torch.nn.functional.cross_entropy(model(input), target)
+
+
+def _steps(task: Task, model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Peer, Parameters]:
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    loss_of = transform(lambda input, target: torch.nn.functional.cross_entropy(model(input), target))
 
     def run(order: Tensor) -> None:
         for index in order.split(task.batch_size):
@@ -284,7 +288,7 @@ def usual_script(task: Task) -> tuple[Peer, Parameters]:
 PEERS: dict[str, Callable[[Task], tuple[Peer, Parameters]]] = {
     "train_epoch": ours,
     "train_epoch, bf16": ours_bfloat16,
-    "our layers, autograd": ours_autograd,
+    "MLP.loss, autograd": ours_autograd,
     "torch eager": torch_eager,
     "torch.compile": torch_compiled,
     "torch, by hand": torch_manual,

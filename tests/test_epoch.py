@@ -241,6 +241,33 @@ print(peak() - before)
     assert int(run.stdout) < 15_000  # kilobytes
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs the memory figures of Linux")
+def test_threads_that_do_not_start():
+    """In an address space with no room for their stacks: an error, nothing has moved, and fewer threads go on."""
+    code = """
+import resource, torch, torch_mlp
+images, labels = torch.randint(256, (200, 40), dtype=torch.uint8), torch.randint(5, (200,))
+model = torch_mlp.nn.MLP(40, 12, 5)
+torch_mlp.train_epoch(model, images, labels, batch_size=10, lr=0.1)
+before = [parameter.detach().clone() for parameter in model.parameters()]
+order = torch.arange(200)
+torch.set_num_threads(400)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 500_000_000, resource.RLIM_INFINITY))
+try:
+    torch_mlp.train_epoch(model, images, labels, batch_size=10, lr=0.1, order=order)
+except RuntimeError as error:
+    print(error)
+assert all(torch.equal(*pair) for pair in zip(before, model.parameters()))
+torch.set_num_threads(2)
+print(torch_mlp.train_epoch(model, images, labels, batch_size=10, lr=0.1, order=order).isfinite().item())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    error, trained = run.stdout.strip().splitlines()
+    assert "train_epoch: expected 400 threads, got " in error
+    assert trained == "True"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_engines_agree(dtype):
     generator = torch.Generator().manual_seed(1)

@@ -173,17 +173,19 @@ def cross_entropy(
         label_smoothing: the share, from 0 to 1, of each target that is spread evenly over all classes.
 
     Shape:
-        - input: :math:`(N, C)`, batch and classes, float64, float32, bfloat16 or float16
-        - target: :math:`(N)`, int64 or uint8, values in :math:`[0, C)`
+        - input: :math:`(N, C)`, batch and classes, or :math:`(C)`, or :math:`(N, C, d_1, \ldots)`, which is copied so
+          that the classes of a row lie side by side; float64, float32, bfloat16 or float16
+        - target: :math:`(N)`, or :math:`()`, or :math:`(N, d_1, \ldots)`; int64, int32, int16 or uint8, values in
+          :math:`[0, C)`
         - weight: :math:`(C)`, of the dtype and device of input
 
     Returns:
-        A tensor of the dtype of input and of shape :math:`(N)` for reduction "none", otherwise :math:`()`.
+        A tensor of the dtype of input and of the shape of target for reduction "none", otherwise of shape :math:`()`.
 
     Raises:
         IndexError: if a target is neither a class nor ``ignore_index`` (on CUDA a device-side assertion, as in torch).
-        NotImplementedError: for class probabilities as target, and for inputs that are not of shape (N, C).
-        RuntimeError: if a dtype, a device or the shape of weight does not fit.
+        NotImplementedError: for class probabilities as target.
+        RuntimeError: if a dtype, a device, the shape of weight or of a target (N, d1, ...) does not fit.
         ValueError: if the reduction is not known or target and input differ in batch size.
 
     Example:
@@ -199,14 +201,22 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch_reduction.legacy_get_string(size_average, reduce)
     target = _check_cross_entropy("cross_entropy", target, weight, reduction)
-    if input.dim() != 2:
-        raise NotImplementedError(
-            f"cross_entropy: expected input of shape (batch, num_classes), got {tuple(input.shape)}: other numbers of "
-            "dimensions are not supported yet, use torch.nn.functional.cross_entropy"
-        )
     if _is_autocasting(input):
         input, weight = _autocast(torch.float32, input, weight)
-    return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    if input.dim() == 2:
+        return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    if input.dim() == 0:
+        raise RuntimeError("cross_entropy: expected input of shape (C), (N, C) or (N, C, d1, ...), got ()")
+    # Rows of classes, from (C) or (N, C, d1, ...), and their targets in the same order.
+    classes = 0 if input.dim() == 1 else 1
+    shape = input.shape[:classes] + input.shape[classes + 1 :]
+    if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
+        # As in torch, another batch size is a ValueError, another shape behind it is not.
+        error = ValueError if input.dim() == 1 or target.shape[:1] != shape[:1] else RuntimeError
+        raise error(f"cross_entropy: expected target of shape {tuple(shape)}, got {tuple(target.shape)}")
+    rows = input.movedim(classes, -1).reshape(-1, input.shape[classes])
+    loss = ops.cross_entropy(rows, target.reshape(-1), weight, reduction, ignore_index, label_smoothing)
+    return loss.reshape(shape) if reduction == "none" else loss
 
 
 def _check_cross_entropy(op: str, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -220,7 +230,7 @@ def _check_cross_entropy(op: str, target: Tensor, weight: Tensor | None, reducti
         )
     if weight is not None and weight.requires_grad:
         raise RuntimeError(f"{op}: expected weight not to require grad, for the loss has no gradient by it")
-    return target.long() if target.dtype == torch.uint8 else target
+    return target.long() if target.dtype in (torch.int32, torch.int16, torch.uint8) else target
 
 
 def _check_mlp(

@@ -21,8 +21,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <future>
 #include <numeric>
 #include <optional>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -115,14 +117,31 @@ class Trainer {
 
   // Trains; losses[i] becomes the mean loss of minibatch i.
   void run(double* losses) {
+    // They wait for each other: none may begin before all are there.
+    std::promise<bool> start;
+    const std::shared_future<bool> may_begin = start.get_future().share();
     std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads_; ++t) {
-      others.emplace_back([this, t] { work(t); });
+    others.reserve(threads_);
+    try {
+      for (int64_t t = 1; t < threads_; ++t) {
+        others.emplace_back([this, t, may_begin] {
+          if (may_begin.get()) {
+            work(t);
+          }
+        });
+      }
+    } catch (const std::system_error&) {  // said below
     }
-    work(0);
+    const int64_t count = 1 + int64_t(others.size());
+    start.set_value(count == threads_);
+    if (count == threads_) {
+      work(0);
+    }
     for (std::thread& other : others) {
       other.join();
     }
+    check(count == threads_, "train_epoch: expected ", threads_, " threads, got ", count,
+          ": the system starts no more; torch.set_num_threads asks for fewer");
     for (int64_t i = 0; i < steps_; ++i) {
       losses[i] = 0;
       for (const Thread& thread : of_threads_) {
@@ -254,7 +273,17 @@ class Trainer {
     const int64_t size = size_of(i), features = layers_[0].ins;
     const int64_t* order = images_.order + i * options_.batch_size;
     const Range images = part(padded_batch_, t, 16);
+    const int64_t next = images_.bytes && i + 1 < steps_ ? size_of(i + 1) : 0;
     for (int64_t b = images.begin; b < images.end; ++b) {
+      // The images after these, which lie anywhere in memory, a few at a time. In a function of its own this would be
+      // dropped: to GCC it does nothing.
+      const int64_t done = b - images.begin;
+      for (int64_t q = next * done / images.size(); q < next * (done + 1) / images.size(); ++q) {
+        const uint8_t* image = images_.bytes + order[options_.batch_size + q] * features;
+        for (int64_t k = 0; k < features; k += 64) {
+          __builtin_prefetch(image + k, 0, 2);
+        }
+      }
       const int64_t image = b < size ? order[b] : 0;
       minibatch.labels[b] = images_.labels[image];
       if (pixel_layer_) {
@@ -277,14 +306,6 @@ class Trainer {
                   {rows.data + first / 2 * rows.stride, rows.stride}}
               .pair({0, count}, {0, features});
         }
-      }
-    }
-    // The images after these lie anywhere in memory. In a function of its own this would be dropped: to GCC it does
-    // nothing.
-    for (int64_t b = 0; images_.bytes && i + 1 < steps_ && b < size_of(i + 1); ++b) {
-      const uint8_t* image = images_.bytes + order[options_.batch_size + b] * features;
-      for (int64_t k = 0; k < features; k += 64) {
-        __builtin_prefetch(image + k, 0, 2);
       }
     }
     if (pixel_layer_) {
