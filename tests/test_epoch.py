@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_mlp import epoch, nn, ops, train_epoch
-from torch_mlp.engine import choose_engine, layers_of
 
 STOCK = {"identity": torch.nn.Identity, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 
@@ -425,65 +424,6 @@ def test_an_epoch_that_ends_early_leaves_the_learning_rate_of_the_optimizer():
         with pytest.raises(FloatingPointError):
             train_epoch(model, images, labels, batch_size=10, lr=[0.1] * 20, optimizer=optimizer, engine=engine)
         assert optimizer.param_groups[0]["lr"] == 0.3
-
-
-SEQUENTIAL = torch.nn.Sequential
-LINEAR = torch.nn.Linear
-
-
-def test_stock_layers_are_trained_too():
-    images, labels = some_data()
-    model = SEQUENTIAL(torch.nn.Flatten(), LINEAR(40, 12), torch.nn.Tanh(), nn.LinearSigmoid(12, 8), LINEAR(8, 5))
-    twin = nn.MLP(40, [12, 8], 5)
-    assert [layer.activation for layer in layers_of(model)] == ["tanh", "sigmoid", "identity"]
-    assert choose_engine(model) == choose_engine(twin) == "epoch"
-    before = train_epoch(model, images, labels, batch_size=20, lr=0.5)
-    for _ in range(20):
-        after = train_epoch(model, images, labels, batch_size=20, lr=0.5)
-    assert after < before
-
-
-def hooked():
-    model = nn.MLP(40, [12], 5)
-    next(model.children()).register_forward_hook(lambda *_: None)
-    return model
-
-
-def tied():
-    model = SEQUENTIAL(LINEAR(5, 5), torch.nn.Tanh(), LINEAR(5, 5))
-    model[2].weight = model[0].weight
-    return model
-
-
-def frozen():
-    model = nn.MLP(40, [12], 5)
-    next(model.parameters()).requires_grad_(False)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "sentence"),
-    [
-        (lambda: LINEAR(40, 5), "expected an MLP or a Sequential of linear layers, got Linear"),
-        (lambda: SEQUENTIAL(LINEAR(40, 5), torch.nn.Dropout()), "got Dropout as layer 1"),
-        (lambda: SEQUENTIAL(torch.nn.Tanh(), LINEAR(40, 5)), "got Tanh as layer 0"),
-        (lambda: SEQUENTIAL(LINEAR(40, 5), torch.nn.ReLU()), "expected a last layer that gives logits, got a relu"),
-        (lambda: SEQUENTIAL(), "expected a network of at least one linear layer, got none"),
-        (
-            lambda: nn.MLP(40, [12], 5).half(),
-            r"expected float32 or float64 parameters, .* got torch.float16 on cpu in 0.weight",
-        ),
-        (hooked, r"expected layers without hooks, got some on 0 \(LinearAct\)"),
-        (tied, r"expected parameters of their own, got \d.weight and \d.weight that share memory"),
-        (frozen, "got one in 0.weight that requires no grad"),
-    ],
-)
-def test_models_the_op_cannot_train(model, sentence):
-    images, labels = some_data()
-    model = model()
-    with pytest.raises(ValueError, match=f"train_epoch: .*{sentence}.*; use the engine autograd"):
-        train_epoch(model, images, labels, batch_size=10, lr=0.1, engine="epoch")
-    assert choose_engine(model) == "autograd"
 
 
 GOOD = {"batch_size": 10, "lr": 0.1}

@@ -274,12 +274,12 @@ class Trainer {
     const int64_t* order = images_.order + i * options_.batch_size;
     const Range images = part(padded_batch_, t, 16);
     const int64_t next = images_.bytes && i + 1 < steps_ ? size_of(i + 1) : 0;
+    int64_t fetched = 0;
     for (int64_t b = images.begin; b < images.end; ++b) {
       // The images after these, which lie anywhere in memory, a few at a time. In a function of its own this would be
       // dropped: to GCC it does nothing.
-      const int64_t done = b - images.begin;
-      for (int64_t q = next * done / images.size(); q < next * (done + 1) / images.size(); ++q) {
-        const uint8_t* image = images_.bytes + order[options_.batch_size + q] * features;
+      for (; fetched * images.size() < next * (b + 1 - images.begin); ++fetched) {
+        const uint8_t* image = images_.bytes + order[options_.batch_size + fetched] * features;
         for (int64_t k = 0; k < features; k += 64) {
           __builtin_prefetch(image + k, 0, 2);
         }
