@@ -72,3 +72,24 @@ def test_training_peers_learn_the_same(tmp_path, mnist_dir):
         assert math.isclose(row["times ours"], row["seconds"] / rows["train_epoch"]["seconds"])
         # JAX leaves out the last, short minibatch.
         assert abs(row["accuracy"] - rows["torch eager"]["accuracy"]) < (0.05 if name == "JAX, all cores" else 0.002)
+
+
+def test_whole_runs(tmp_path, mnist_dir):
+    """The same for the default settings and for more images: one seed, and both ways of training learn the same."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import bench_train, json; from torch_mlp import data\n"
+        "from tqdm import tqdm\n"
+        "load = data.load; bench_train.data.load = lambda *arguments: load(*arguments).first(2000)\n"
+        "bench_train.SEEDS = 1; images = bench_train.data.load('mnist', sys.argv[2])\n"
+        "rows = bench_train._report_whole_runs(images, sys.argv[2], 1, tqdm(disable=True))\n"
+        "open(sys.argv[3], 'w').write(json.dumps(rows))"
+    )
+    command = [sys.executable, "-c", code, SCRIPT.parent, mnist_dir, tmp_path / "rows.json"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    ours, eager, growth = json.loads((tmp_path / "rows.json").read_text())
+    assert ours["peer"] == "train_mnist.py"
+    assert abs(ours["accuracy"] - eager["accuracy"]) < 0.002
+    assert ours["accuracy"] > 0.8
+    assert f"{ours['seconds']:9.2f}{100 * ours['accuracy']:9.2f}%" in run.stdout
+    assert f"10 times the images take {growth['times']:.2f} times as long" in run.stdout
