@@ -54,13 +54,13 @@ TORCH_MLP_INLINE void add_row(vec factor, const float* row, vec (&sum)[vectors],
   ((sum[j] += factor * load(row + int64_t(j) * kLanes)), ...);
 }
 
-// sum += the rows that mask names, times the values of the bytes; from the last one on where it goes backwards.
-template <int vectors, bool backwards = false>
+// sum += the rows that mask names, times the values of the bytes.
+template <int vectors>
 TORCH_MLP_INLINE void add_rows(uint64_t mask, const uint8_t* bytes, const float* values, const float* rows,
                                int64_t stride, vec (&sum)[vectors]) {
   while (mask) {
-    const int64_t k = backwards ? 63 - __builtin_clzll(mask) : __builtin_ctzll(mask);
-    mask = backwards ? mask ^ (uint64_t(1) << k) : mask & (mask - 1);
+    const int64_t k = __builtin_ctzll(mask);
+    mask &= mask - 1;
     const float* row = rows + k * stride;
     // Else the compiler adds k * stride anew for each vector, and keeps the mask where arithmetic is slow.
     asm("" : "+r"(row), "+r"(mask));
@@ -97,41 +97,46 @@ void pixels_forward_panel(const PixelForward& self) {
   }
 }
 
-// The sum over the images of byte times row of grad_z for a pixel. Where there are more rows than the first-level cache
-// holds, every other pixel goes through them backwards and finds there what the last one left.
-template <int vectors, bool backwards>
-TORCH_MLP_INLINE bool sum_over_images(const PixelUpdate& self, const uint8_t* bytes, vec (&sum)[vectors]) {
-  uint64_t any = 0;
-  for (int64_t done = 0; done < self.images; done += 64) {
-    const int64_t i = backwards ? self.images - 64 - done : done;
-    const uint64_t mask = nonzero_bytes(bytes + i, 64);
-    any |= mask;
-    add_rows<vectors, backwards>(mask, bytes + i, self.values, self.grad_z.data + i * self.grad_z.stride,
-                                 self.grad_z.stride, sum);
-  }
-  return any != 0;
-}
-
+// 64 images at a time, whose rows of grad_z stay in the first-level cache, with the sums of a few pixels.
 template <int vectors, bool has_velocity>
 void pixels_update_panel(const PixelUpdate& self) {
   constexpr int64_t width = vectors * kLanes;
   const bool is_plain = !has_velocity && self.step.weight_decay == 0;
-  for (int64_t k = 0; k < self.features; ++k) {
-    const uint8_t* bytes = self.columns + k * self.images;
-    vec sum[vectors] = {};
-    const bool any = self.images > 64 && k % 2 ? sum_over_images<vectors, true>(self, bytes, sum)
-                                               : sum_over_images<vectors, false>(self, bytes, sum);
-    float* row = self.panel + k * width;
-    if (!is_plain) {
-      TORCH_MLP_UNROLL
-      for (int j = 0; j < vectors; ++j) {
-        sgd_vector<has_velocity>(row + j * kLanes, has_velocity ? self.velocity + k * width + j * kLanes : nullptr,
-                                 sum[j], self.step);
-      }
-    } else if (any) {
-      TORCH_MLP_UNROLL
-      for (int j = 0; j < vectors; ++j) {
-        store(row + j * kLanes, load(row + j * kLanes) - self.step.lr * sum[j]);
+  alignas(64) float sums[kPixelsAtOnce * width];
+  for (int64_t first = 0; first < self.features; first += kPixelsAtOnce) {
+    const int64_t last = min(self.features, first + kPixelsAtOnce);
+    uint64_t any = 0;  // for each of the pixels, whether it is not 0 in some image
+    for (int64_t i = 0; i < self.images; i += 64) {
+      for (int64_t k = first; k < last; ++k) {
+        const uint8_t* bytes = self.columns + k * self.images + i;
+        const uint64_t mask = nonzero_bytes(bytes, 64), pixel = uint64_t(1) << (k - first);
+        float *row = self.panel + k * width, *stored = sums + (k - first) * width;
+        vec sum[vectors] = {};
+        if (any & pixel) {
+          TORCH_MLP_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            sum[j] = load(stored + j * kLanes);
+          }
+        }
+        any |= mask ? pixel : 0;
+        add_rows<vectors>(mask, bytes, self.values, self.grad_z.data + i * self.grad_z.stride, self.grad_z.stride, sum);
+        if (i + 64 < self.images) {
+          TORCH_MLP_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            store(stored + j * kLanes, sum[j]);
+          }
+        } else if (!is_plain) {
+          TORCH_MLP_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            sgd_vector<has_velocity>(row + j * kLanes, has_velocity ? self.velocity + k * width + j * kLanes : nullptr,
+                                     sum[j], self.step);
+          }
+        } else if (any & pixel) {
+          TORCH_MLP_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            store(row + j * kLanes, load(row + j * kLanes) - self.step.lr * sum[j]);
+          }
+        }
       }
     }
   }

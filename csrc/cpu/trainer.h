@@ -72,7 +72,7 @@ class Trainer {
     for (size_t l = 0; l < layers_.size(); ++l) {
       const bool is_dense = l > 0 || !options_.skips_zeros;
       dense_.emplace_back(layers_[l], options_.bfloat16 && is_dense && layers_[l].outs > kFewOutputs, l > 0, arena_);
-      grad_z_.push_back(l + 1 < layers_.size() ? take_grad_z(l) : Operand{});
+      grad_z_.push_back(l > 0 && int64_t(l) < last() ? take_grad_z(l) : Operand{});
     }
     minibatches_.resize(threads_ == 1 ? 2 : 3);
     for (Minibatch& minibatch : minibatches_) {
@@ -84,7 +84,7 @@ class Trainer {
       } else {
         minibatch.input = take_input(0);
       }
-      for (size_t l = 1; l < layers_.size(); ++l) {
+      for (int64_t l = 1; l < last(); ++l) {
         minibatch.hidden.push_back(take_input(l));
       }
     }
@@ -107,7 +107,9 @@ class Trainer {
                              {logits(), logits()},
                              logits(),
                              logits(),
-                             take_grad_z(layers_.size() - 1),
+                             last() > 0 ? take_input(last()) : Operand{},
+                             take_grad_z(0),
+                             take_grad_z(last()),
                              arena_.take<float>(5 * padded_batch_),
                              arena_.take<double>(2 * padded_batch_),
                              arena_.take<double>(widest),
@@ -160,7 +162,7 @@ class Trainer {
     std::vector<const uint8_t*> rows;  // the raw images,
     uint8_t* columns;                  // their transpose,
     float* sums;                       // and scale times the sum of the bytes of each
-    std::vector<Operand> hidden;       // outputs of the layers but the last
+    std::vector<Operand> hidden;       // outputs of the layers but the last two
   };
 
   // Memory of a thread's own.
@@ -169,13 +171,15 @@ class Trainer {
     float* panel;
     float* logits_part[2];  // the thread's part of the sum, of two minibatches in turns
     float *logits, *grad_logits;
-    Operand grad_z;  // of the last layer
+    // What no other thread reads lies apart, or fetching ahead would take lines from each other's caches: its columns
+    // of the last layer's input and of the gradient of the first layer's z; and all of the last layer's.
+    Operand last_input, first_grad_z, grad_z;
     float* softmax;
     double *softmax_double, *sums, *losses;
   };
 
   // Memory for the gradient of a layer's z.
-  Operand take_grad_z(size_t l) {
+  Operand take_grad_z(int64_t l) {
     const int64_t outs = layers_[l].outs;
     Operand grad_z{take_matrix<float>(padded_batch_, outs, arena_)};
     grad_z.take_pairs(padded_batch_, outs, dense_[l].in_bfloat16() && l > 0, dense_[l].in_bfloat16(), arena_);
@@ -183,7 +187,7 @@ class Trainer {
   }
 
   // Memory for the input of a layer.
-  Operand take_input(size_t l) {
+  Operand take_input(int64_t l) {
     const int64_t ins = layers_[l].ins;
     Operand input;
     if (l > 0 || !dense_[l].in_bfloat16()) {
@@ -258,8 +262,12 @@ class Trainer {
 
   bool divides_softmax() const { return layers_.back().outs > kFewClasses; }
 
+  const Operand& hidden_of(int64_t i, int64_t l, int64_t t) const {
+    return l + 1 < last() ? minibatch_of(i).hidden[l] : of_threads_[t].last_input;
+  }
+
   const Operand& grad_z_of(int64_t l, int64_t t) const {
-    return l < last() ? grad_z_[l] : of_threads_[divides_softmax() ? 0 : t].grad_z;
+    return l == last() ? of_threads_[divides_softmax() ? 0 : t].grad_z : l ? grad_z_[l] : of_threads_[t].first_grad_z;
   }
 
   // --- a minibatch ---
@@ -329,7 +337,7 @@ class Trainer {
     const bool moves = i > 0, goes_on = i < steps_;
     const Minibatch &before = minibatch_of(std::max<int64_t>(0, i - 1)), &minibatch = minibatch_of(i);
     const Operand &grad_z = grad_z_of(0, t),
-                  &output = last() == 0 ? Operand{padded_logits_[i % 2]} : minibatch.hidden[0];
+                  &output = last() == 0 ? Operand{padded_logits_[i % 2]} : hidden_of(i, 0, t);
     for_each_panel(t, [&](Range cols, int64_t width) {
       if (moves) {
         const int64_t batch = size_of(i - 1);
@@ -363,21 +371,19 @@ class Trainer {
 
   void forward(int64_t i, int64_t t) {
     const Thread& my = of_threads_[t];
-    const Minibatch& minibatch = minibatch_of(i);
     const int64_t batch = size_of(i);
     first_layer(i, t);
     for (int64_t l = 1; l < last(); ++l) {
       barrier_.wait();
-      const Operand& output = minibatch.hidden[l];
+      const Operand& output = hidden_of(i, l, t);
       if (const Range cols = own(layers_[l].outs, t); cols.size() > 0) {
-        dense_[l].forward(minibatch.hidden[l - 1], batch, cols, from_column(output.values, cols.begin), my.workspace);
+        dense_[l].forward(hidden_of(i, l - 1, t), batch, cols, from_column(output.values, cols.begin), my.workspace);
         output.pair({0, batch}, cols);
       }
     }
     const Range cols = own(layers_.back().ins, t);
     if (last() > 0 && cols.size() > 0) {
-      dense_.back().forward_part(minibatch.hidden[last() - 1], batch, cols, adds_last_bias(t), my.logits_part[i % 2],
-                                 my.workspace);
+      dense_.back().forward_part(my.last_input, batch, cols, adds_last_bias(t), my.logits_part[i % 2], my.workspace);
     }
   }
 
@@ -440,7 +446,6 @@ class Trainer {
 
   // All but the first layer's step.
   void backward(int64_t i, int64_t t) {
-    const Minibatch& minibatch = minibatch_of(i);
     const Thread& my = of_threads_[t];
     const int64_t batch = size_of(i), classes = layers_.back().outs;
     const SgdStep step = step_of(i);
@@ -451,7 +456,7 @@ class Trainer {
       // Of W_l a thread reads and moves its own columns only.
       const Layer& layer = layers_[l];
       const Range cols = own(layer.ins, t);
-      const Operand &output = minibatch.hidden[l - 1], &grad_z = grad_z_of(l, t), &grad_input = grad_z_[l - 1];
+      const Operand &output = hidden_of(i, l - 1, t), &grad_z = grad_z_of(l, t), &grad_input = grad_z_of(l - 1, t);
       const Matrix grad_cols = from_column(grad_input.values, cols.begin);
       if (cols.size() > 0) {
         dense_[l].backward(grad_z, batch, cols, grad_cols, my.workspace);
