@@ -134,24 +134,60 @@ inline void check_cross_entropy(const char* op, const torch::stable::Tensor& inp
         label_smoothing);
 }
 
+// Of the dtype in which values like those of input are computed.
+inline void check_computed(const char* op, const char* name, const torch::stable::Tensor& self,
+                           const std::vector<int64_t>& sizes, const torch::stable::Tensor& input) {
+  using torch::headeronly::ScalarType;
+  const ScalarType compute = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_same_device(op, name, self, input);
+  check(self.scalar_type() == compute, op, ": expected ", name, " of dtype ", torch::headeronly::toString(compute),
+        ", got ", torch::headeronly::toString(self.scalar_type()));
+  check_shape(op, name, self, sizes);
+}
+
+// What comes in for the loss and the lse of the rows of input, and that lse.
+inline void check_row_gradients(const char* op, const torch::stable::Tensor& grad_output,
+                                const std::optional<torch::stable::Tensor>& grad_lse,
+                                const torch::stable::Tensor& input, const torch::stable::Tensor& lse,
+                                Reduction reduction) {
+  const int64_t rows = input.size(0);
+  check_computed(op, "lse", lse, std::vector<int64_t>{2, rows}, input);
+  if (grad_lse) {
+    check_computed(op, "grad_lse", *grad_lse, std::vector<int64_t>{rows}, input);
+  }
+  check_like_input(op, "grad_output", grad_output, input);
+  check_shape(op, "grad_output", grad_output,
+              reduction == Reduction::None ? std::vector<int64_t>{rows} : std::vector<int64_t>{});
+}
+
 inline void check_cross_entropy_backward(const char* op, const torch::stable::Tensor& grad_output,
+                                         const std::optional<torch::stable::Tensor>& grad_lse,
                                          const torch::stable::Tensor& input, const torch::stable::Tensor& target,
                                          const std::optional<torch::stable::Tensor>& weight,
                                          const torch::stable::Tensor& lse, const torch::stable::Tensor& total_weight,
                                          Reduction reduction, double label_smoothing) {
   check_cross_entropy(op, input, target, weight, label_smoothing);
-  using torch::headeronly::ScalarType;
-  const ScalarType compute = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  for (const auto& [name, self] : {std::pair{"lse", &lse}, std::pair{"total_weight", &total_weight}}) {
-    check_same_device(op, name, *self, input);
-    check(self->scalar_type() == compute, op, ": expected ", name, " of dtype ", torch::headeronly::toString(compute),
-          ", got ", torch::headeronly::toString(self->scalar_type()));
-  }
-  check_shape(op, "lse", lse, std::vector<int64_t>{2, input.size(0)});
-  check_shape(op, "total_weight", total_weight, std::vector<int64_t>{});
-  check_like_input(op, "grad_output", grad_output, input);
-  check_shape(op, "grad_output", grad_output,
-              reduction == Reduction::None ? std::vector<int64_t>{input.size(0)} : std::vector<int64_t>{});
+  check_computed(op, "total_weight", total_weight, std::vector<int64_t>{}, input);
+  check_row_gradients(op, grad_output, grad_lse, input, lse, reduction);
+}
+
+// --- cross_entropy_probabilities: input and target (batch, num_classes) ---
+
+inline void check_cross_entropy_probabilities(const char* op, const torch::stable::Tensor& input,
+                                              const torch::stable::Tensor& target) {
+  check_floating(op, "input", input);
+  check(input.dim() == 2, op, ": expected input of shape (batch, num_classes), got ", shape_of(input.sizes()));
+  check_like_input(op, "target", target, input);
+  check_shape(op, "target", target, input.sizes());
+}
+
+inline void check_cross_entropy_probabilities_backward(const char* op, const torch::stable::Tensor& grad_output,
+                                                       const std::optional<torch::stable::Tensor>& grad_lse,
+                                                       const torch::stable::Tensor& input,
+                                                       const torch::stable::Tensor& target,
+                                                       const torch::stable::Tensor& lse, Reduction reduction) {
+  check_cross_entropy_probabilities(op, input, target);
+  check_row_gradients(op, grad_output, grad_lse, input, lse, reduction);
 }
 
 // --- train_epoch: images (N, features), labels (N,), order (samples,), lr (minibatches,) on the CPU, and for each

@@ -25,10 +25,19 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
       "float label_smoothing) -> (Tensor, Tensor, Tensor)");
 
-  // grad_input from the saved lse and total_weight
+  // grad_input from the saved lse and total_weight; grad_lse (batch,) is that of log(sum(exp(row)))
   m.def(
-      "_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, "
+      "_cross_entropy_backward(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor lse, "
       "Tensor total_weight, str reduction, int ignore_index, float label_smoothing) -> Tensor");
+
+  // (loss, lse) of a number for each class, its probability mostly; target like input; lse as above
+  m.def("cross_entropy_probabilities(Tensor input, Tensor target, str reduction) -> (Tensor, Tensor)");
+
+  // (grad_input, grad_target); one that is not needed comes back as an empty tensor
+  m.def(
+      "_cross_entropy_probabilities_backward(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor "
+      "lse, str reduction, bool needs_grad_input, bool needs_grad_target) -> (Tensor, Tensor)");
 
   // minibatch SGD over the images in that order, which moves weights, biases and velocities (of each layer its weight's
   // and its bias's; none without momentum); a mean loss and an lr for each minibatch

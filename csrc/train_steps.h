@@ -84,8 +84,8 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const Tensor& ord
         Device::cross_entropy(logits, target, std::nullopt, "mean", no_ignore_index, 0.0);
     Tensor to = elements_of(losses, i, 1);
     torch::stable::copy_(to, loss);
-    Tensor grad = Device::cross_entropy_backward(one, logits, target, std::nullopt, lse, total_weight, "mean",
-                                                 no_ignore_index, 0.0);
+    Tensor grad = Device::cross_entropy_backward(one, std::nullopt, logits, target, std::nullopt, lse, total_weight,
+                                                 "mean", no_ignore_index, 0.0);
     for (int64_t l = layers - 1; l >= 0; --l) {
       std::array<Tensor, 2> grads;
       std::tie(grad, grads[0], grads[1]) =

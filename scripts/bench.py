@@ -145,7 +145,7 @@ class Case:
         options = (target, None, "mean", -100, 0.0)
         _, lse, total_weight = torch.ops.torch_mlp.cross_entropy.default(*self.inputs, *options)
         torch.ops.torch_mlp._cross_entropy_backward.default(
-            self.grad_output, *self.inputs, *options[:2], lse, total_weight, *options[2:]
+            self.grad_output, None, *self.inputs, *options[:2], lse, total_weight, *options[2:]
         )
 
     def work_at_peak(self) -> None:

@@ -147,7 +147,7 @@ def test_exp_to_the_last_place():
     lse = torch.stack([torch.zeros_like(t), torch.ones_like(t)])
     for scale in (1.0, -2.0):  # a power of two: no rounding
         grad = torch.ops.torch_mlp._cross_entropy_backward(
-            torch.full_like(t, scale), logits, target, None, lse, torch.tensor(1.0), "none", -100, 0.0
+            torch.full_like(t, scale), None, logits, target, None, lse, torch.tensor(1.0), "none", -100, 0.0
         )
         assert (units(grad[:, 1], scale * torch.exp(-t.double())) <= 3).all()
 
@@ -162,7 +162,7 @@ def test_sum_and_logarithm_of_exp():
     exact = torch.exp(-t.double())
     assert ((lse[1].double() - (1 + exact)).abs() <= 2 * torch.finfo(torch.float32).eps).all()
     grad = torch.ops.torch_mlp._cross_entropy_backward(
-        torch.tensor(1.7), logits, target, None, lse, total_weight, *options[1:]
+        torch.tensor(1.7), None, logits, target, None, lse, total_weight, *options[1:]
     )
     truth = 1.7 * exact / (1 + exact)
     # 3 units of exp, and the roundings of the factor, the sum and the product
@@ -275,6 +275,8 @@ def visit_guarded_memory():
     """All kernels on memory whose end is guarded; the process ends at the first byte that is none of theirs."""
     forward, backward = torch.ops.torch_mlp.linear_act, torch.ops.torch_mlp._linear_act_backward
     cross, cross_backward = torch.ops.torch_mlp.cross_entropy, torch.ops.torch_mlp._cross_entropy_backward
+    soft = torch.ops.torch_mlp.cross_entropy_probabilities
+    soft_backward = torch.ops.torch_mlp._cross_entropy_probabilities_backward
     lengths = [1, 3, 5, 8, 9, 17, 31, 65]
     for batch, ins, outs in itertools.product([1, 3, 9, 16, 17, 65], lengths, lengths):
         input, weight, bias, grad_output = guarded(batch, ins), guarded(outs, ins), guarded(outs), guarded(batch, outs)
@@ -287,8 +289,11 @@ def visit_guarded_memory():
             guarded(rows, dtype=torch.int64),
         )
         _, lse, total = cross(logits, target, of_class, "none", -100, 0.1)
-        grad_output, statistics = guarded(rows, dtype=dtype), guarded(2, rows).copy_(lse)
-        cross_backward(grad_output, logits, target, of_class, statistics, total, "none", -100, 0.1)
+        grad_output, grad_lse = guarded(rows, dtype=dtype), guarded(rows)
+        statistics, probabilities = guarded(2, rows).copy_(lse), guarded(rows, classes, dtype=dtype)
+        cross_backward(grad_output, grad_lse, logits, target, of_class, statistics, total, "none", -100, 0.1)
+        soft(logits, probabilities, "none")
+        soft_backward(grad_output, grad_lse, logits, probabilities, statistics, "none", True, True)
         z, bias = guarded(rows, classes, dtype=dtype), guarded(classes, dtype=dtype)
         output = guarded(rows, classes, dtype=dtype).copy_(forward(z, torch.eye(classes).to(dtype), bias, "sigmoid"))
         backward(logits, z, torch.eye(classes).to(dtype), output, "sigmoid", True, True, True)

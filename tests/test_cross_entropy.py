@@ -37,7 +37,9 @@ def upstream(batch, reduction, like):
 
 def test_signature_is_torchs():
     ours, theirs = (inspect.signature(function).parameters.values() for function in (cross_entropy, eager))
-    assert [(p.name, p.default, p.kind) for p in ours] == [(p.name, p.default, p.kind) for p in theirs]
+    ours, theirs = ([(p.name, p.default, p.kind) for p in parameters] for parameters in (ours, theirs))
+    assert ours[: len(theirs)] == theirs
+    assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, _, kind in ours[len(theirs) :])
 
 
 # one class; tails of any vector width; a warp a row and a block a row; several blocks of the sum
@@ -373,7 +375,7 @@ def test_deprecated_reduction_arguments(device):
             RuntimeError,
             "cross_entropy: expected input of dtype Double, Float, BFloat16 or Half, got Long",
         ),
-        (lambda x, y, w: (x, x.softmax(1), w), NotImplementedError, "class probabilities are not supported yet"),
+        (lambda x, y, w: (x, y.float(), w), RuntimeError, "expected target to hold class indices"),
         (
             lambda x, y, w: (x[0, 0], y[0], w),
             RuntimeError,
@@ -435,11 +437,13 @@ def test_backward_op_checks_its_arguments(device):
     _, lse, total = forward(input, target, weight, "mean", -100, 0.0)
     one = torch.ones((), dtype=torch.float64, device=device)
     bad = {
-        r"grad_output of shape \(\), got \(7,\)": (torch.ones(7, device=device).double(), lse, total),
-        r"lse of shape \(2, 7\), got \(2, 6\)": (one, lse[:, :6], total),
-        r"lse of dtype Double, got Float": (one, lse.float(), total),
-        r"total_weight of shape \(\), got \(1,\)": (one, lse, total[None]),
+        r"grad_output of shape \(\), got \(7,\)": (torch.ones(7, device=device).double(), None, lse, total),
+        r"lse of shape \(2, 7\), got \(2, 6\)": (one, None, lse[:, :6], total),
+        r"lse of dtype Double, got Float": (one, None, lse.float(), total),
+        r"total_weight of shape \(\), got \(1,\)": (one, None, lse, total[None]),
+        r"grad_lse of shape \(7,\), got \(2, 7\)": (one, lse, lse, total),
+        r"grad_lse of dtype Double, got Float": (one, lse[0].float(), lse, total),
     }
-    for sentence, (grad_output, statistics, total_weight) in bad.items():
+    for sentence, (grad_output, grad_lse, statistics, total_weight) in bad.items():
         with pytest.raises(RuntimeError, match="_cross_entropy_backward: expected " + sentence):
-            backward(grad_output, input, target, weight, statistics, total_weight, "mean", -100, 0.0)
+            backward(grad_output, grad_lse, input, target, weight, statistics, total_weight, "mean", -100, 0.0)

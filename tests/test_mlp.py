@@ -281,5 +281,10 @@ def test_errors_of_the_loss():
         mlp_cross_entropy(input, *split(parameters), torch.tensor([0, 1, 3, 0, 0, 0, 0]))
     with pytest.raises(ValueError, match="mlp_cross_entropy: expected reduction to be one of none, mean, sum"):
         mlp_cross_entropy(input, *split(parameters), torch.zeros(7, dtype=torch.int64), reduction="max")
-    with pytest.raises(NotImplementedError, match="mlp_cross_entropy: expected class indices"):
-        mlp_cross_entropy(input, *split(parameters), torch.rand(7, 3))
+    with pytest.raises(RuntimeError, match="mlp_cross_entropy: expected target to hold class indices"):
+        mlp_cross_entropy(input, *split(parameters), torch.rand(7))
+    probabilities = torch.rand(7, 3)
+    torch.testing.assert_close(
+        mlp_cross_entropy(input, *split(parameters), probabilities),
+        torch.nn.functional.cross_entropy(mlp(input, *split(parameters)), probabilities),
+    )

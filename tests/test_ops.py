@@ -45,7 +45,21 @@ def cross_entropy_backward_samples(device):
     for input, target, weight, reduction, ignore_index, smoothing in cross_entropy_samples(device):
         options = reduction, ignore_index, smoothing
         loss, lse, total_weight = torch.ops.torch_mlp.cross_entropy(input, target, weight, *options)
-        yield torch.randn_like(loss), input, target, weight, lse, total_weight, *options
+        for grad_lse in (None, torch.randn_like(lse[0])):
+            yield torch.randn_like(loss), grad_lse, input, target, weight, lse, total_weight, *options
+
+
+def cross_entropy_probabilities_samples(device):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for reduction in ("none", "mean", "sum"):
+            yield torch.randn(3, 5).to(device, dtype), torch.rand(3, 5).to(device, dtype), reduction
+
+
+def cross_entropy_probabilities_backward_samples(device):
+    for input, target, reduction in cross_entropy_probabilities_samples(device):
+        loss, lse = torch.ops.torch_mlp.cross_entropy_probabilities(input, target, reduction)
+        for grad_lse, *needs in ((None, True, True), (torch.randn_like(lse[0]), True, False), (None, False, True)):
+            yield torch.randn_like(loss), grad_lse, input, target, lse, reduction, *needs
 
 
 def mlp_samples(device):
@@ -90,6 +104,8 @@ SAMPLES = {
     "_linear_act_backward": linear_act_backward_samples,
     "cross_entropy": cross_entropy_samples,
     "_cross_entropy_backward": cross_entropy_backward_samples,
+    "cross_entropy_probabilities": cross_entropy_probabilities_samples,
+    "_cross_entropy_probabilities_backward": cross_entropy_probabilities_backward_samples,
     "mlp": mlp_samples,
     "_mlp_backward": mlp_backward_samples,
     "_train_epoch": train_epoch_samples,

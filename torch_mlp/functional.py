@@ -1,5 +1,6 @@
 """The ops with the signatures of ``torch.nn.functional``: values, gradients of any order, ``torch.compile``."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def mlp_cross_entropy(
         input: the values to map, :math:`(N, in\_features)`.
         weights: see :func:`mlp`.
         biases: see :func:`mlp`.
-        target: for each row the index of its class, or ``ignore_index``, :math:`(N)`.
+        target: for each row the index of its class, or ``ignore_index``, :math:`(N)`; or probabilities :math:`(N, C)`.
         activation: see :func:`mlp`.
         weight: see :func:`cross_entropy`, as all that follow.
         ignore_index: rows with this target have loss 0 and gradient 0.
@@ -136,11 +137,12 @@ def mlp_cross_entropy(
     Formula: Bishop, Pattern Recognition and Machine Learning, 2006, sections 5.1 and 5.2.
     """
     # Autocast computes the loss in float32, which is another dtype than that of the layers.
-    if input.dim() != 2 or _is_autocasting(input):
+    if input.dim() != 2 or target.dim() == 2 or _is_autocasting(input):
         logits = mlp(input, weights, biases, activation)
         return cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
     input, parameters = _check_mlp("mlp_cross_entropy", input, weights, biases, activation)
-    target = _check_cross_entropy("mlp_cross_entropy", target, weight, reduction)
+    _check_reduction("mlp_cross_entropy", reduction)
+    target = _check_classes("mlp_cross_entropy", target, weight)
     return ops.mlp_cross_entropy(
         input, parameters, target, activation, weight, reduction, ignore_index, label_smoothing
     )
@@ -155,37 +157,47 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Tensor:
-    r"""Softmax cross-entropy of logits and class indices: ``torch.nn.functional.cross_entropy`` in one op.
+    *,
+    return_lse: bool = False,
+    z_loss: float = 0.0,
+) -> Any:
+    r"""Softmax cross-entropy of logits and classes: ``torch.nn.functional.cross_entropy`` in one op.
 
     Softmax and loss are computed in one visit of each row and the gradient in another; the probabilities are never
     stored. Logits of any size are handled, since each row is shifted by its maximum.
 
     Args:
         input: logits.
-        target: for each row the index of its class, or ``ignore_index``.
+        target: for each row the index of its class, or ``ignore_index``; or the probability of every class, which may
+            require grad.
         weight: a factor for each class, if given.
         size_average: deprecated, see ``reduction``.
-        ignore_index: rows with this target have loss 0 and gradient 0.
+        ignore_index: rows with this target have loss 0 and gradient 0, whatever they hold.
         reduce: deprecated, see ``reduction``.
         reduction: "none" gives each row's loss, "sum" their sum, "mean" their sum divided by the sum of the weights of
-            the targets (which is NaN where every row is ignored, as in torch).
+            the targets (which is NaN where every row is ignored, as in torch), or for probabilities by the number of
+            rows.
         label_smoothing: the share, from 0 to 1, of each target that is spread evenly over all classes.
+        return_lse: whether to return each row's log-sum-exp too, differentiable; 0 for rows that are ignored.
+        z_loss: this much times the square of the log-sum-exp is added to the loss of each row that is not ignored,
+            before it is reduced. It keeps logits from drifting.
 
     Shape:
         - input: :math:`(N, C)`, batch and classes, or :math:`(C)`, or :math:`(N, C, d_1, \ldots)`, which is copied so
           that the classes of a row lie side by side; float64, float32, bfloat16 or float16
-        - target: :math:`(N)`, or :math:`()`, or :math:`(N, d_1, \ldots)`; int64, int32, int16 or uint8, values in
-          :math:`[0, C)`
+        - target: :math:`(N)`, or :math:`()`, or :math:`(N, d_1, \ldots)`, int64, int32, int16 or uint8, values in
+          :math:`[0, C)`; or probabilities of the shape of input, floating point
         - weight: :math:`(C)`, of the dtype and device of input
 
     Returns:
-        A tensor of the dtype of input and of the shape of target for reduction "none", otherwise of shape :math:`()`.
+        A tensor of the dtype of input and of shape :math:`(N)`, :math:`()` or :math:`(N, d_1, \ldots)` for reduction
+        "none", otherwise of shape :math:`()`. With ``return_lse``, it and the log-sum-exp of each row, float32 for
+        dtypes of 16 bits.
 
     Raises:
         IndexError: if a target is neither a class nor ``ignore_index`` (on CUDA a device-side assertion, as in torch).
-        NotImplementedError: for class probabilities as target.
-        RuntimeError: if a dtype, a device, the shape of weight or of a target (N, d1, ...) does not fit.
+        RuntimeError: if a dtype, a device, the shape of weight or of a target (N, d1, ...) does not fit, or
+            ``ignore_index`` comes with probabilities.
         ValueError: if the reduction is not known or target and input differ in batch size.
 
     Example:
@@ -194,43 +206,110 @@ def cross_entropy(
         >>> loss.backward()
         >>> loss.detach(), logits.grad
         (tensor(0.2395), tensor([[-0.2130,  0.1065,  0.1065]]))
+        >>> cross_entropy(logits.detach(), torch.tensor([[0.5, 0.5, 0.0]]))
+        tensor(1.2395)
 
     Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al.,
-    2015, arXiv:1512.00567.
+    2015, arXiv:1512.00567; z-loss: Chowdhery et al., 2022, arXiv:2204.02311, section 5.
     """
     if size_average is not None or reduce is not None:
         reduction = torch_reduction.legacy_get_string(size_average, reduce)
-    target = _check_cross_entropy("cross_entropy", target, weight, reduction)
-    if _is_autocasting(input):
-        input, weight = _autocast(torch.float32, input, weight)
-    if input.dim() == 2:
-        return ops.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    _check_reduction("cross_entropy", reduction)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: expected input of shape (C), (N, C) or (N, C, d1, ...), got ()")
+    holds_probabilities = target.dim() == input.dim() and target.shape == input.shape
+    if holds_probabilities:
+        _check_probabilities("cross_entropy", target, ignore_index)
+    else:
+        target = _check_classes("cross_entropy", target, weight)
+    if _is_autocasting(input):
+        input, weight = _autocast(torch.float32, input, weight)
+
     # Rows of classes, from (C) or (N, C, d1, ...), and their targets in the same order.
-    classes = 0 if input.dim() == 1 else 1
-    shape = input.shape[:classes] + input.shape[classes + 1 :]
-    if target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
-        # As in torch, another batch size is a ValueError, another shape behind it is not.
-        error = ValueError if input.dim() == 1 or target.shape[:1] != shape[:1] else RuntimeError
-        raise error(f"cross_entropy: expected target of shape {tuple(shape)}, got {tuple(target.shape)}")
-    rows = input.movedim(classes, -1).reshape(-1, input.shape[classes])
-    loss = ops.cross_entropy(rows, target.reshape(-1), weight, reduction, ignore_index, label_smoothing)
-    return loss.reshape(shape) if reduction == "none" else loss
+    rows, shape = input, input.shape[:1]
+    if input.dim() != 2:
+        dim = 0 if input.dim() == 1 else 1
+        shape = input.shape[:dim] + input.shape[dim + 1 :]
+        if holds_probabilities:
+            target = target.movedim(dim, -1).reshape(math.prod(shape), input.shape[dim])
+        elif target.shape != shape and not (input.dim() == 1 and target.shape == (1,)):
+            # As in torch, another batch size is a ValueError, another shape behind it is not.
+            error = ValueError if input.dim() == 1 or target.shape[:1] != shape[:1] else RuntimeError
+            raise error(f"cross_entropy: expected target of shape {tuple(shape)}, got {tuple(target.shape)}")
+        else:
+            target = target.reshape(-1)
+        rows = input.movedim(dim, -1).reshape(math.prod(shape), input.shape[dim])
+
+    if holds_probabilities:
+        loss, lse, total_weight = _of_probabilities(rows, target, weight, reduction, label_smoothing)
+    elif return_lse or z_loss:
+        loss, lse, total_weight = ops.cross_entropy_with_lse(
+            rows, target, weight, reduction, ignore_index, label_smoothing
+        )
+    else:
+        loss = ops.cross_entropy(rows, target, weight, reduction, ignore_index, label_smoothing)
+    if z_loss:
+        loss = loss + z_loss * _reduce(lse.square(), total_weight, reduction).to(loss.dtype)
+    if reduction == "none" and input.dim() != 2:
+        loss = loss.reshape(shape)
+    return (loss, lse.reshape(shape)) if return_lse else loss
 
 
-def _check_cross_entropy(op: str, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """The target as the ops take it."""
+def _check_reduction(op: str, reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: expected reduction to be one of none, mean, sum, got {reduction!r}")
+
+
+def _check_classes(op: str, target: Tensor, weight: Tensor | None) -> Tensor:
+    """The classes as the ops take them."""
     if target.is_floating_point():
-        raise NotImplementedError(
-            f"{op}: expected class indices of dtype torch.int64 as target, got {target.dtype}: class probabilities are "
-            "not supported yet, use torch.nn.functional.cross_entropy"
+        raise RuntimeError(
+            f"{op}: expected target to hold class indices, or probabilities in the shape of the logits, "
+            f"got {target.dtype} of shape {tuple(target.shape)}"
         )
     if weight is not None and weight.requires_grad:
         raise RuntimeError(f"{op}: expected weight not to require grad, for the loss has no gradient by it")
     return target.long() if target.dtype in (torch.int32, torch.int16, torch.uint8) else target
+
+
+def _check_probabilities(op: str, target: Tensor, ignore_index: int) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            f"{op}: expected class probabilities, since target has the shape of the logits, got {target.dtype}"
+        )
+    if ignore_index >= 0:
+        raise RuntimeError(
+            f"{op}: expected no ignore_index with class probabilities, in which no class is left out, "
+            f"got {ignore_index}"
+        )
+
+
+def _of_probabilities(
+    rows: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Loss, the lse of each row, and what the mean divides by."""
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"cross_entropy: expected label_smoothing in [0, 1], got {label_smoothing}")
+    num_classes, dtype = rows.shape[1], torch.promote_types(rows.dtype, target.dtype)
+    op_dtype = dtype
+    if weight is not None and weight.shape != (num_classes,):
+        raise RuntimeError(f"cross_entropy: expected weight of shape ({num_classes},), got {tuple(weight.shape)}")
+    if weight is not None or label_smoothing > 0:
+        # Changed targets are not to be rounded to 16 bits.
+        op_dtype = torch.promote_types(dtype, torch.float32)
+        target = target.to(op_dtype)
+    if label_smoothing > 0 and num_classes > 0:
+        target = target * (1 - label_smoothing) + label_smoothing / num_classes
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+        target = target * weight
+        op_dtype = torch.promote_types(op_dtype, target.dtype)
+    loss, lse = ops.cross_entropy_probabilities(rows.to(op_dtype), target.to(op_dtype), reduction)
+    return loss.to(dtype), lse, rows.shape[0]
+
+
+def _reduce(of_rows: Tensor, total_weight: Tensor | float, reduction: str) -> Tensor:
+    return of_rows if reduction == "none" else of_rows.sum() / (total_weight if reduction == "mean" else 1)
 
 
 def _check_mlp(

@@ -101,7 +101,7 @@ struct SoftmaxKernels {
   double (*deficit)(const T* x, const T* weight, int64_t classes, float maximum);
   // grad[i, c] = numerator[i] / sum[i] * exp(x[i, c] - maximum[i])
   //              - (c == label[i] ? at_label[i] : offset[i] * weight[c]),
-  // offset being 0 and weight 1 where they are null
+  // offset being 0 and weight 1 where they are null; grad may be x
   void (*gradient)(const T* x, const T* weight, T* grad, int64_t rows, int64_t classes, const float* maximum,
                    const float* sum, const double* numerator, const float* offset, const int64_t* label,
                    const float* at_label);

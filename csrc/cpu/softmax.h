@@ -154,6 +154,8 @@ template <bool has_offset, typename T>
 TORCH_MLP_INLINE void gradient_of_row(const T* x, const T* weight, T* grad, int64_t classes, float maximum,
                                       float factor, float offset, int64_t label, float at_label) {
   const int64_t whole = whole_vectors(classes);
+  // Before the rest, for grad may be x.
+  const vec of_label = gradient_of_vector<false, false>(x + label, weight, 1, maximum, factor, offset) - at_label;
   for (int64_t c = 0; c < whole; c += kLanes) {
     store(grad + c,
           gradient_of_vector<has_offset, true>(x + c, weight ? weight + c : weight, kLanes, maximum, factor, offset));
@@ -165,8 +167,7 @@ TORCH_MLP_INLINE void gradient_of_row(const T* x, const T* weight, T* grad, int6
                                                      offset),
                left);
   }
-  store_part(grad + label, gradient_of_vector<false, false>(x + label, weight, 1, maximum, factor, offset) - at_label,
-             1);
+  store_part(grad + label, of_label, 1);
 }
 
 // To which row and class the elements of a vector belong.

@@ -12,13 +12,14 @@
 // Fused: softmax and loss in one sweep over a row, with a running maximum and a sum that is rescaled when the maximum
 // grows (Milakov and Gimelshein, 2018, arXiv:1805.02867); label smoothing reads the row once more, from cache; the
 // gradient in one sweep, p never stored. Nothing goes back to the host: the backward pass reads total_weight where it
-// is.
+// is. lse is a result of its own, whose gradient h adds h_i p_c.
 // Threads: 4 threads a row for few classes, else a warp, else a block. A block adds its rows' losses and weights, and
 // one block adds these sums; the split depends on the shape alone, so that the bits are the same in every run.
 #include <cmath>
 
 #include "../cross_entropy.h"
 #include "common.cuh"
+#include "softmax.cuh"
 
 namespace torch_mlp {
 namespace {
@@ -36,50 +37,12 @@ constexpr int64_t kMaxSumBlocks = 4096;
 template <typename scalar_t>
 constexpr int kMinBlocks = std::is_same_v<scalar_t, double> ? 2 : 4;
 
-template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-template <typename T>
-constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
-
 // In double, as are the few operations done once for a row: only the work on each element is worth rounding for speed.
 struct Options {
   int64_t ignore_index;
   double at_label;   // 1 - e
   double per_class;  // e / C
 };
-
-// exp(x - maximum) of a row is computed as exp(x - shift_of(maximum)): the elements of a row of -inf, and the NaN among
-// them, stay what they are.
-template <typename compute>
-__device__ compute shift_of(compute maximum) {
-  return maximum == -kInfinity<compute> ? compute(0) : maximum;
-}
-
-// The maximum m of a row, and sum_c exp(x_c - m). A row that holds NaN or +inf, or nothing but -inf, has NaN for the
-// latter, and so for loss and gradient, as in torch.
-template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
-__device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, int lane, compute& maximum,
-                            compute& sum) {
-  compute running = -kInfinity<compute>, partial = 0;
-  for_each_pack<scalar_t>(phase, classes, lane, lanes, [&](auto at) {
-    const auto pack = load(x, at);
-    compute grown = running;
-#pragma unroll
-    for (const auto& value : pack.values) {
-      grown = std::fmax(grown, compute(value));
-    }
-    const compute shift = shift_of(grown);
-    partial *= std::exp(running - shift);
-#pragma unroll
-    for (const auto& value : pack.values) {
-      partial += std::exp(compute(value) - shift);
-    }
-    running = grown;
-  });
-  maximum = lanes_reduce<lanes>(running, Max{});
-  partial = lanes_reduce<lanes>(partial * std::exp(running - shift_of(maximum)), Add{});
-  sum = maximum == -kInfinity<compute> ? kNaN<compute> : partial;
-}
 
 // sum_c w_c (m - x_c)
 template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
@@ -187,12 +150,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grad_stride is 0 where one gradient serves all rows; divisor is the total weight of the mean, else null; phase is
-// that of input and grad_input, negative where they differ.
+// grad_stride is 0 where one gradient serves all rows; divisor is the total weight of the mean, else null; grad_lse is
+// null where none comes in; phase is that of input and grad_input, negative where they differ.
 template <int lanes, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     cross_entropy_backward_kernel(const scalar_t* __restrict__ grad_output, int64_t grad_stride,
-                                  const compute_t<scalar_t>* __restrict__ divisor, const scalar_t* __restrict__ input,
+                                  const compute_t<scalar_t>* __restrict__ divisor,
+                                  const compute_t<scalar_t>* __restrict__ grad_lse, const scalar_t* __restrict__ input,
                                   int phase, const int64_t* __restrict__ target, const scalar_t* __restrict__ weight,
                                   const double* __restrict__ weight_sum, const compute_t<scalar_t>* __restrict__ lse,
                                   scalar_t* __restrict__ grad_input, int64_t rows, int64_t classes, Options options) {
@@ -216,12 +180,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     const double label_weight = weight ? double(compute(weight[label])) : 1.0;
     const double row_weight = options.at_label * label_weight;
     const compute maximum = lse[i], sum = lse[rows + i];
-    const compute of_exp = compute(scale * (row_weight + options.per_class * sum_of_weights) / double(sum));
+    const double of_lse = grad_lse ? double(grad_lse[i]) : 0.0;
+    const compute of_exp = compute((scale * (row_weight + options.per_class * sum_of_weights) + of_lse) / double(sum));
     const compute of_weight = compute(scale * options.per_class);
     // The target's own: here digits cancel as p nears 1, and one class alone must give exactly 0.
     const double p = std::exp(double(compute(x[label])) - double(maximum)) / double(sum);
     const compute at_label =
-        compute(scale * (row_weight * (p - 1) + options.per_class * (sum_of_weights * p - label_weight)));
+        compute(scale * (row_weight * (p - 1) + options.per_class * (sum_of_weights * p - label_weight)) + of_lse * p);
     const scalar_t* class_weight = options.per_class > 0 ? weight : nullptr;
     for_each_pack<scalar_t>(row_phase, classes, lane, lanes, [&](auto at) {
       auto pack = load(x, at);
@@ -317,12 +282,14 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& input, const
   return {loss, lse, total_weight};
 }
 
-Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                                   const std::optional<Tensor>& weight, const Tensor& lse, const Tensor& total_weight,
-                                   const std::string& reduction, int64_t ignore_index, double label_smoothing) {
+Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const std::optional<Tensor>& grad_lse,
+                                   const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                                   const Tensor& lse, const Tensor& total_weight, const std::string& reduction,
+                                   int64_t ignore_index, double label_smoothing) {
   constexpr const char* op = "_cross_entropy_backward";
   const Reduction reduce = check_reduction(op, reduction);
-  check_cross_entropy_backward(op, grad_output, input, target, weight, lse, total_weight, reduce, label_smoothing);
+  check_cross_entropy_backward(op, grad_output, grad_lse, input, target, weight, lse, total_weight, reduce,
+                               label_smoothing);
   const DeviceGuard guard(input.get_device_index());
   const int64_t rows = input.size(0), classes = input.size(1);
   Tensor grad_input = empty(sizes_of(input), input.scalar_type(), input);
@@ -331,6 +298,7 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& inpu
   }
   const Tensor x = as_contiguous(input), y = as_contiguous(target);
   const Tensor statistics = as_contiguous(lse);
+  const std::optional<Tensor> h = grad_lse ? std::optional(as_contiguous(*grad_lse)) : std::nullopt;
   const std::optional<Tensor> w = weight ? std::optional(as_contiguous(*weight)) : std::nullopt;
 
   dispatch_floating(input.scalar_type(), [&](auto zero) {
@@ -343,7 +311,7 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& inpu
       const int64_t blocks = ceil_div(rows, kThreads / lanes.value);
       cross_entropy_backward_kernel<lanes.value, scalar_t><<<grid_of(blocks), kThreads, 0, current_stream(input)>>>(
           grad_output.const_data_ptr<scalar_t>(), grad_output.dim() ? grad_output.stride(0) : 0,
-          reduce == Reduction::Mean ? total_weight.const_data_ptr<compute>() : nullptr, logits,
+          reduce == Reduction::Mean ? total_weight.const_data_ptr<compute>() : nullptr, data_of<compute>(h), logits,
           phase_of(logits) == phase_of(grads) ? phase_of(grads) : -1, y.const_data_ptr<int64_t>(), data_of<scalar_t>(w),
           data_of<double>(weight_sum), statistics.const_data_ptr<compute>(), grads, rows, classes,
           options_of(ignore_index, label_smoothing, classes));

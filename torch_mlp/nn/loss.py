@@ -7,7 +7,7 @@ from torch_mlp import functional
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    r"""Softmax cross-entropy of logits and class indices: :class:`torch.nn.CrossEntropyLoss` in one op.
+    r"""Softmax cross-entropy of logits and classes: :class:`torch.nn.CrossEntropyLoss` in one op.
 
     Arguments, buffers and state_dict are torch's; see :func:`torch_mlp.functional.cross_entropy` for shapes, dtypes,
     errors and the formula.
@@ -19,8 +19,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Loss of logits (batch, num_classes) and class indices (batch,)."""
-        return functional.cross_entropy(
+        """Loss of logits (batch, num_classes) and class indices (batch,), or probabilities (batch, num_classes)."""
+        loss: Tensor = functional.cross_entropy(
             input,
             target,
             weight=self.weight,
@@ -28,3 +28,4 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+        return loss

@@ -32,7 +32,8 @@ def _load_library() -> None:
 
 _load_library()
 
-from torch_mlp.ops.cross_entropy import cross_entropy  # noqa: E402 - the library comes first
+from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse  # noqa: E402 - the library comes first
+from torch_mlp.ops.cross_entropy_probabilities import cross_entropy_probabilities  # noqa: E402
 from torch_mlp.ops.linear_act import ACTIVATIONS, linear_act  # noqa: E402
 from torch_mlp.ops.mlp import mlp, mlp_cross_entropy  # noqa: E402
 from torch_mlp.ops.train_epoch import train_epoch  # noqa: E402
@@ -52,6 +53,8 @@ __all__ = [
     "ACTIVATIONS",
     "cpu_capability",
     "cross_entropy",
+    "cross_entropy_probabilities",
+    "cross_entropy_with_lse",
     "has_cuda_kernels",
     "linear_act",
     "mlp",

@@ -5,7 +5,8 @@ With p = softmax(x), label smoothing e, class weights w (1 where none are given)
     l    = (1 - e) w_y (lse(x) - x_y) + e / C * sum_c w_c (lse(x) - x_c)
     dl/dx_c = a p_c - b_c,  a = (1 - e) w_y + e / C * sum_k w_k,  b_c = (1 - e) w_y [c = y] + e / C * w_c
 
-and a row whose target is ignore_index has loss and gradient 0. "mean" divides by the sum of w_y. (Bishop, Pattern
+and a row whose target is ignore_index has loss and gradient 0. "mean" divides by the sum of w_y. lse(x) is the
+logarithm of the sum of exp(x_c), and a result of its own where it is asked for: dlse/dx_c = p_c. (Bishop, Pattern
 Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al., 2015, arXiv:1512.00567.)
 """
 
@@ -39,6 +40,7 @@ def _(
 @torch.library.register_fake("torch_mlp::_cross_entropy_backward")
 def _(
     grad_output: Tensor,
+    grad_lse: Tensor | None,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -60,10 +62,19 @@ def reference(
     )
 
 
+def reference_lse(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The other results composed of ATen calls: the lse of each row, 0 where it is ignored, and the total weight."""
+    is_kept = target != ignore_index
+    logits = input.to(_compute_dtype(input.dtype)).where(is_kept.unsqueeze(1), 0)
+    weights = logits.new_ones(input.shape[1]) if weight is None else weight.to(logits.dtype)
+    return logits.logsumexp(1).where(is_kept, 0), (weights[target.where(is_kept, 0)] * is_kept).sum()
+
+
 class _Gradient(NamedTuple):
-    """What the gradient g (a p - b) of a row is made of, composed of ATen calls in the dtype of computation."""
+    """What the gradient g (a p - b) + h p of a row is made of, composed of ATen calls in the dtype of computation."""
 
     scale: Tensor  # g, (batch, 1) or (1, 1)
+    of_lse: Tensor | float  # h, (batch, 1), or 0
     of_softmax: Tensor  # a, (batch, 1)
     softmax: Tensor  # p, (batch, num_classes)
     offset: Tensor  # b, (batch, num_classes)
@@ -73,6 +84,7 @@ class _Gradient(NamedTuple):
 
 def _gradient(
     grad_output: Tensor,
+    grad_lse: Tensor | None,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -93,6 +105,7 @@ def _gradient(
     divisor = divisor.where(divisor != 0, 1)  # no weight, no gradient: every row is ignored or weighs nothing
     return _Gradient(
         scale=grad_output.to(logits.dtype).reshape(-1, 1) / divisor,
+        of_lse=0.0 if grad_lse is None else grad_lse.unsqueeze(1),
         of_softmax=at_target + smoothing * weight.sum(),
         softmax=torch.softmax(logits, dim=1),
         offset=(smoothing * weight).scatter_add(1, index, at_target),
@@ -103,6 +116,7 @@ def _gradient(
 
 def reference_backward(
     grad_output: Tensor,
+    grad_lse: Tensor | None,
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -113,8 +127,9 @@ def reference_backward(
     label_smoothing: float,
 ) -> Tensor:
     """The backward op composed of ATen calls."""
-    of = _gradient(grad_output, input, target, weight, total_weight, reduction, ignore_index, label_smoothing)
-    return (of.scale * (of.of_softmax * of.softmax - of.offset)).where(of.is_kept, 0).to(input.dtype)
+    of = _gradient(grad_output, grad_lse, input, target, weight, total_weight, reduction, ignore_index, label_smoothing)
+    grad = of.scale * (of.of_softmax * of.softmax - of.offset) + of.of_lse * of.softmax
+    return grad.where(of.is_kept, 0).to(input.dtype)
 
 
 class CrossEntropyBackward(torch.autograd.Function):
@@ -124,6 +139,7 @@ class CrossEntropyBackward(torch.autograd.Function):
     def forward(
         ctx: Any,
         grad_output: Tensor,
+        grad_lse: Tensor | None,
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -134,23 +150,29 @@ class CrossEntropyBackward(torch.autograd.Function):
         label_smoothing: float,
     ) -> Tensor:
         """Gradient of input."""
-        ctx.save_for_backward(grad_output, input, target, weight, total_weight)
+        ctx.save_for_backward(grad_output, grad_lse, input, target, weight, total_weight)
         ctx.options = reduction, ignore_index, label_smoothing
         return backward_op(
-            grad_output, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
+            grad_output, grad_lse, input, target, weight, lse, total_weight, reduction, ignore_index, label_smoothing
         )
 
     @staticmethod
     def backward(ctx: Any, grad_grad_input: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of grad_output and input: of g (a p - b) by g, and by x with dp_c/dx_k = p_c ([c = k] - p_k)."""
-        grad_output, input, target, weight, total_weight = ctx.saved_tensors
-        of = _gradient(grad_output, input, target, weight, total_weight, *ctx.options)
+        """Gradients of grad_output, grad_lse and input: of g (a p - b) + h p by g, by h, and by x with
+        dp_c/dx_k = p_c ([c = k] - p_k)."""
+        grad_output, grad_lse, input, target, weight, total_weight = ctx.saved_tensors
+        of = _gradient(grad_output, grad_lse, input, target, weight, total_weight, *ctx.options)
         incoming = grad_grad_input.to(of.softmax.dtype).where(of.is_kept, 0)
         by_scale = (incoming * (of.of_softmax * of.softmax - of.offset)).sum(1) / of.divisor
         by_grad_output = by_scale if grad_output.dim() else by_scale.sum()
-        centred = incoming - (of.softmax * incoming).sum(1, keepdim=True)
-        by_input = (of.scale * of.of_softmax * of.softmax * centred).where(of.is_kept, 0)
-        return by_grad_output.to(input.dtype), by_input.to(input.dtype), *(None,) * 7
+        by_lse = (of.softmax * incoming).sum(1, keepdim=True)
+        by_input = (of.scale * of.of_softmax + of.of_lse) * of.softmax * (incoming - by_lse)
+        return (
+            by_grad_output.to(input.dtype),
+            None if grad_lse is None else by_lse.squeeze(1),
+            by_input.where(of.is_kept, 0).to(input.dtype),
+            *(None,) * 7,
+        )
 
 
 def backward(grad_output: Tensor, *saved: Any) -> Tensor:
@@ -171,17 +193,31 @@ class CrossEntropy(torch.autograd.Function):
         reduction: str,
         ignore_index: int,
         label_smoothing: float,
-    ) -> Tensor:
-        """Loss of shape (batch,) for reduction "none", else ()."""
+        returns_lse: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Loss of shape (batch,) for reduction "none", else (); where asked for, lse (batch,) and the total weight."""
         loss, lse, total_weight = forward_op(input, target, weight, reduction, ignore_index, label_smoothing)
         ctx.save_for_backward(input, target, weight, lse, total_weight)
         ctx.options = reduction, ignore_index, label_smoothing
-        return loss
+        if not returns_lse:
+            return loss
+        ctx.mark_non_differentiable(total_weight)
+        ctx.set_materialize_grads(False)
+        return loss, log_sum_exp(lse, target, ignore_index), total_weight
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None = None, _: None = None) -> Any:
         """Gradient of input."""
-        return backward(grad_output, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+        input, *saved = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = input.new_zeros(input.shape[:1] if ctx.options[0] == "none" else ())
+        return backward(grad_output, grad_lse, input, *saved, *ctx.options), *(None,) * 6
+
+
+def log_sum_exp(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """One number for each row, (batch,), of the two that the op gives; 0 where the row is ignored."""
+    maximum, sum = lse
+    return (maximum + sum.log()).where(target != ignore_index, 0)
 
 
 def cross_entropy(
@@ -190,4 +226,14 @@ def cross_entropy(
     """The one entry: the reference inside functional transforms, the fused op everywhere else."""
     if in_transform():
         return reference(input, target, weight, reduction, ignore_index, label_smoothing)
-    return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing)
+    return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, False)
+
+
+def cross_entropy_with_lse(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the lse of each row, differentiable too, and the total weight by which the mean divides."""
+    if in_transform():
+        loss = reference(input, target, weight, reduction, ignore_index, label_smoothing)
+        return loss, *reference_lse(input, target, weight, ignore_index)
+    return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, True)

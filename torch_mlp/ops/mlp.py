@@ -145,7 +145,7 @@ class MLPCrossEntropy(torch.autograd.Function):
         *hidden, last = grad_outputs
         if grad_loss is not None:
             grad_logits = cross_entropy_backward(
-                grad_loss, outputs[-1], target, weight, lse, total_weight, *ctx.options
+                grad_loss, None, outputs[-1], target, weight, lse, total_weight, *ctx.options
             )
             last = grad_logits if last is None else last + grad_logits
         grads = _backward((*hidden, last), input, weights, outputs, ctx.activation, ctx.needs_input_grad[4:])

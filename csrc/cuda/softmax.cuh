@@ -1,0 +1,50 @@
+// The softmax of a row of logits on CUDA, which the cross-entropy ops share.
+#pragma once
+
+#include <cmath>
+
+#include "common.cuh"
+
+namespace torch_mlp {
+namespace {
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+template <typename T>
+constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+
+// exp(x - maximum) of a row is computed as exp(x - shift_of(maximum)): the elements of a row of -inf, and the NaN among
+// them, stay what they are.
+template <typename compute>
+__device__ compute shift_of(compute maximum) {
+  return maximum == -kInfinity<compute> ? compute(0) : maximum;
+}
+
+// The maximum m of a row, and sum_c exp(x_c - m). A row that holds NaN or +inf, or nothing but -inf, has NaN for the
+// latter, and so for loss and gradient, as in torch.
+template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
+__device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, int lane, compute& maximum,
+                            compute& sum) {
+  compute running = -kInfinity<compute>, partial = 0;
+  for_each_pack<scalar_t>(phase, classes, lane, lanes, [&](auto at) {
+    const auto pack = load(x, at);
+    compute grown = running;
+#pragma unroll
+    for (const auto& value : pack.values) {
+      grown = std::fmax(grown, compute(value));
+    }
+    const compute shift = shift_of(grown);
+    partial *= std::exp(running - shift);
+#pragma unroll
+    for (const auto& value : pack.values) {
+      partial += std::exp(compute(value) - shift);
+    }
+    running = grown;
+  });
+  maximum = lanes_reduce<lanes>(running, Max{});
+  partial = lanes_reduce<lanes>(partial * std::exp(running - shift_of(maximum)), Add{});
+  sum = maximum == -kInfinity<compute> ? kNaN<compute> : partial;
+}
+
+}  // namespace
+}  // namespace torch_mlp
