@@ -113,6 +113,22 @@ def calls_another_module(self, input):
     return torch.nn.ReLU()(self.fc(input))
 
 
+def asks_for_none(self, input, mask=None):
+    return self.fc(input) if mask is None else self.fc(input * mask)
+
+
+def asks_for_either(self, input, mask=None, other=None):
+    return self.fc(input) if mask is None and other is None else self.fc(input).relu()
+
+
+def asks_for_a_class(self, input):
+    return self.fc(input) if isinstance(input, torch.Tensor) else self.fc(input[0])
+
+
+def asks_torch_for_a_class(self, input):
+    return self.fc(input) if torch.is_tensor(input) else self.fc(input[0])
+
+
 def default_without_literal(self, input, other=object()):  # noqa: B008
     return self.fc(input)
 
@@ -141,6 +157,10 @@ CONTROL_FLOW = "symbolically traced variables cannot be used as inputs to contro
         (sets_a_buffer, "it sets steps"),
         (sets_an_attribute_of_a_child, "it sets last"),
         (calls_another_module, "it calls a ReLU that is not a submodule"),
+        (asks_for_none, "it branches on an argument being None"),
+        (asks_for_either, "it branches on an argument being None"),
+        (asks_for_a_class, "it calls isinstance, whose answer depends on the call"),
+        (asks_torch_for_a_class, "it calls is_tensor"),
         (default_without_literal, "argument of type"),
     ],
 )
@@ -154,6 +174,16 @@ def test_what_a_graph_would_not_repeat_is_refused(forward, sentence):
     assert torch.equal(torch.get_rng_state(), random)
     assert not module.fc.__dict__.keys() - torch.nn.Linear(1, 1).__dict__.keys()
     assert torch.is_grad_enabled()
+
+
+def test_arguments_that_can_be_none_are_passed_on():
+    def forward(self, input, mask=None):
+        return F.relu(torch.clamp(input, 0, mask))
+
+    module, input = net_with(forward), torch.randn(4, 3)
+    module.__class__ = rewrite(type(module), Tracer().trace_module(module))
+    for arguments in ((input,), (input, 0.5)):
+        assert torch.equal(module(*arguments), input.clamp(0, *arguments[1:]))
 
 
 def test_a_forward_of_the_instance_is_refused():

@@ -4,7 +4,8 @@ fx evaluates whatever does not come from an input while it traces, and keeps the
 whether gradients are enabled. The tracer here refuses all that, so that a generated forward does what was written.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from types import ModuleType, new_class
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import fx
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
+# What asks about a value or a mode without fx noticing.
+_UNSEEN = {"hasattr", "is_autocast_enabled", "is_grad_enabled", "is_tensor", "isinstance"}
 _MODULE_FIELDS = set(Module().__dict__) - {"training"}
 
 
@@ -38,11 +41,27 @@ class Tracer(fx.Tracer):
         """The graph of a module's forward; what fails, in whatever way, cannot be traced."""
         if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
             raise TypeError("it is not that of the class")
+        if names := _UNSEEN.intersection(inspect.unwrap(type(module).forward).__code__.co_names):
+            raise TypeError(f"it calls {min(names)}, whose answer depends on the call")
         self.contexts = _contexts()
-        with _NothingComputed():
-            graph = self.trace(self.twin(module))
-        rewrite(type(module), graph)  # fails where a default or an argument cannot be written out
+        graph = self._trace(module, ())
+        optional = [node.target for node in graph.nodes if node.op == "placeholder" and node.args == (None,)]
+        # Python lets nobody see a test for None, but it shows in what is computed.
+        for absent in [optional, *([name] for name in optional)] if optional else []:
+            if _steps(self._trace(module, absent)) != _steps(graph):
+                raise TypeError("it branches on an argument being None")
         return graph
+
+    def _trace(self, module: Module, absent: Collection[Any]) -> fx.Graph:
+        """The graph where these arguments are None."""
+        self.absent = absent
+        with _NothingComputed():
+            return self.trace(self.twin(module))
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """As fx does, but None for an argument that is to be absent."""
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        return None if kind == "placeholder" and target in self.absent else proxy
 
     def twin(self, module: Module) -> Module:
         """A copy of a tree of modules that shares the parameters, and keeps what forward does to it to itself."""
@@ -97,6 +116,10 @@ class _NothingComputed(TorchFunctionMode):
         if not any(issubclass(kind, fx.Proxy) for kind in types):
             raise TypeError(f"it calls {getattr(func, '__name__', func)} of no input")
         return func(*args, **(kwargs or {}))
+
+
+def _steps(graph: fx.Graph) -> list[tuple[str, Any]]:
+    return [(node.op, node.target) for node in graph.nodes]
 
 
 def _contexts() -> tuple[Any, ...]:
