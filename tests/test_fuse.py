@@ -359,6 +359,10 @@ class MoreThanLinear(Linear):
         (lambda: module_with(lambda self, x: [h := self.fc1(x), self.act(h)]), "its output has 2 uses in Net.forward"),
         (lambda: module_with(lambda self, x: [self.fc1(x), x][1]), "its output has 0 uses in Net.forward"),
         (lambda: module_with(lambda self, x: torch.clamp(self.fc1(x), 0)), "it is followed by clamp"),
+        (
+            lambda: module_with(lambda self, x: torch.sigmoid(self.fc1(x), out=x)),
+            "it is followed by sigmoid, which takes more than its output",
+        ),
         (lambda: module_with(lambda self, x: self.fc2(x)), "no forward within the model calls it"),
     ],
 )

@@ -121,6 +121,10 @@ def asks_for_either(self, input, mask=None, other=None):
     return self.fc(input) if mask is None and other is None else self.fc(input).relu()
 
 
+def asks_for_one_of_two(self, input, mask=None, other=None):
+    return self.fc(input) if (mask is None) == (other is None) else self.fc(input).relu()
+
+
 def asks_for_a_class(self, input):
     return self.fc(input) if isinstance(input, torch.Tensor) else self.fc(input[0])
 
@@ -159,6 +163,7 @@ CONTROL_FLOW = "symbolically traced variables cannot be used as inputs to contro
         (calls_another_module, "it calls a ReLU that is not a submodule"),
         (asks_for_none, "it branches on an argument being None"),
         (asks_for_either, "it branches on an argument being None"),
+        (asks_for_one_of_two, "it branches on an argument being None"),
         (asks_for_a_class, "it calls isinstance, whose answer depends on the call"),
         (asks_torch_for_a_class, "it calls is_tensor"),
         (default_without_literal, "argument of type"),

@@ -295,8 +295,10 @@ def _uses_in_graph(owner: Module, graph: fx.Graph) -> Iterator[tuple[Module, _Us
 def _use(owner: Module, kind: Any, place: str | fx.Node, follower: Module | None = None) -> _Use:
     """A use of an output that goes to one function or module of this kind and nowhere else."""
     name = getattr(kind, "__name__", str(kind))
-    if kind not in _ACTIVATIONS or (isinstance(place, fx.Node) and len(place.all_input_nodes) > 1):
+    if kind not in _ACTIVATIONS:
         return _Use(owner, reason=f"it is followed by {name}")
+    if isinstance(place, fx.Node) and len(place.all_input_nodes) > 1:  # out=buffer, for one
+        return _Use(owner, reason=f"it is followed by {name}, which takes more than its output")
     if follower is not None and (changed := _changed(follower)):
         return _Use(owner, reason=f"it is followed by {name}, which has {changed}")
     return _Use(owner, _ACTIVATIONS[kind], place)
