@@ -12,10 +12,11 @@ from importlib.metadata import version as _version
 from torch_mlp import functional, nn, ops
 from torch_mlp.config import show_config
 from torch_mlp.epoch import train_epoch
+from torch_mlp.fuse import explain, fuse, unfuse  # torch_mlp.fuse is the function from here on, not its module
 
 try:
     __version__ = _version("torch_mlp")
 except _PackageNotFoundError:  # imported from a source tree that was built in place, not installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "functional", "nn", "ops", "show_config", "train_epoch"]
+__all__ = ["__version__", "explain", "functional", "fuse", "nn", "ops", "show_config", "train_epoch", "unfuse"]

@@ -11,7 +11,6 @@ ENGINES = ("auto", "epoch", "autograd")
 PRECISIONS = ("full", "bf16")
 
 _ACTIVATIONS = {
-    torch.nn.Identity: "identity",
     torch.nn.Sigmoid: "sigmoid",
     torch.nn.Tanh: "tanh",
     torch.nn.ReLU: "relu",
@@ -50,7 +49,8 @@ def layers_of(model: torch.nn.Module) -> list[Layer]:
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks):
             raise ValueError(f"train_epoch: expected layers without hooks, got some on {name} ({kind.__name__})")
-        if module is model or (kind is torch.nn.Flatten and module.start_dim == 1 and not layers):
+        is_identity = kind.forward is torch.nn.Identity.forward  # behind a fused layer too, see torch_mlp/fuse.py
+        if module is model or is_identity or (kind is torch.nn.Flatten and module.start_dim == 1 and not layers):
             continue
         if isinstance(module, nn.LinearAct) and kind in (nn.LinearAct, nn.LinearSigmoid):
             layers.append(Layer(module, module.activation))
