@@ -117,21 +117,27 @@ inline Reduction check_reduction(const char* op, const std::string& name) {
   return name == "none" ? Reduction::None : name == "mean" ? Reduction::Mean : Reduction::Sum;
 }
 
-inline void check_cross_entropy(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& target,
-                                const std::optional<torch::stable::Tensor>& weight, double label_smoothing) {
-  check_floating(op, "input", input);
-  check(input.dim() == 2, op, ": expected input of shape (batch, num_classes), got ", shape_of(input.sizes()));
+// A class for each row of input, and how it is smoothed.
+inline void check_classes(const char* op, const torch::stable::Tensor& target, const torch::stable::Tensor& input,
+                          double label_smoothing) {
   check(target.scalar_type() == torch::headeronly::ScalarType::Long, op, ": expected target of dtype Long, got ",
         torch::headeronly::toString(target.scalar_type()));
   check_same_device(op, "target", target, input);
   check<std::invalid_argument>(target.dim() == 1 && target.size(0) == input.size(0), op, ": expected target of shape (",
                                input.size(0), ",), got ", shape_of(target.sizes()));
+  check(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, ": expected label_smoothing in [0, 1], got ",
+        label_smoothing);
+}
+
+inline void check_cross_entropy(const char* op, const torch::stable::Tensor& input, const torch::stable::Tensor& target,
+                                const std::optional<torch::stable::Tensor>& weight, double label_smoothing) {
+  check_floating(op, "input", input);
+  check(input.dim() == 2, op, ": expected input of shape (batch, num_classes), got ", shape_of(input.sizes()));
   if (weight) {
     check_like_input(op, "weight", *weight, input);
     check_shape(op, "weight", *weight, std::vector<int64_t>{input.size(1)});
   }
-  check(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, ": expected label_smoothing in [0, 1], got ",
-        label_smoothing);
+  check_classes(op, target, input, label_smoothing);
 }
 
 // Of the dtype in which values like those of input are computed.
@@ -145,19 +151,24 @@ inline void check_computed(const char* op, const char* name, const torch::stable
   check_shape(op, name, self, sizes);
 }
 
-// What comes in for the loss and the lse of the rows of input, and that lse.
+// What comes in for the loss and the lse of the rows of input, and that lse; is_computed: the loss is not of the dtype
+// of input but of that of lse.
 inline void check_row_gradients(const char* op, const torch::stable::Tensor& grad_output,
                                 const std::optional<torch::stable::Tensor>& grad_lse,
                                 const torch::stable::Tensor& input, const torch::stable::Tensor& lse,
-                                Reduction reduction) {
+                                Reduction reduction, bool is_computed = false) {
   const int64_t rows = input.size(0);
   check_computed(op, "lse", lse, std::vector<int64_t>{2, rows}, input);
   if (grad_lse) {
     check_computed(op, "grad_lse", *grad_lse, std::vector<int64_t>{rows}, input);
   }
-  check_like_input(op, "grad_output", grad_output, input);
-  check_shape(op, "grad_output", grad_output,
-              reduction == Reduction::None ? std::vector<int64_t>{rows} : std::vector<int64_t>{});
+  const auto sizes = reduction == Reduction::None ? std::vector<int64_t>{rows} : std::vector<int64_t>{};
+  if (is_computed) {
+    check_computed(op, "grad_output", grad_output, sizes, input);
+  } else {
+    check_like_input(op, "grad_output", grad_output, input);
+    check_shape(op, "grad_output", grad_output, sizes);
+  }
 }
 
 inline void check_cross_entropy_backward(const char* op, const torch::stable::Tensor& grad_output,
@@ -188,6 +199,31 @@ inline void check_cross_entropy_probabilities_backward(const char* op, const tor
                                                        const torch::stable::Tensor& lse, Reduction reduction) {
   check_cross_entropy_probabilities(op, input, target);
   check_row_gradients(op, grad_output, grad_lse, input, lse, reduction);
+}
+
+// --- linear_cross_entropy: input (batch, in_features), linear_weight (num_classes, in_features), linear_bias
+// (num_classes,), target (batch,), weight (num_classes,) ---
+
+inline void check_linear_cross_entropy(const char* op, const torch::stable::Tensor& input,
+                                       const torch::stable::Tensor& linear_weight,
+                                       const std::optional<torch::stable::Tensor>& linear_bias,
+                                       const torch::stable::Tensor& target,
+                                       const std::optional<torch::stable::Tensor>& weight, double label_smoothing) {
+  check_floating(op, "input", input);
+  check_like_input(op, "linear_weight", linear_weight, input);
+  check(input.dim() == 2, op, ": expected input of shape (batch, in_features), got ", shape_of(input.sizes()));
+  check(linear_weight.dim() == 2 && linear_weight.size(1) == input.size(1), op,
+        ": expected linear_weight of shape (num_classes, ", input.size(1), "), got ", shape_of(linear_weight.sizes()));
+  const std::vector<int64_t> of_classes{linear_weight.size(0)};
+  if (linear_bias) {
+    check_like_input(op, "linear_bias", *linear_bias, input);
+    check_shape(op, "linear_bias", *linear_bias, of_classes);
+  }
+  if (weight) {
+    check_like_input(op, "weight", *weight, input);
+    check_shape(op, "weight", *weight, of_classes);
+  }
+  check_classes(op, target, input, label_smoothing);
 }
 
 // --- train_epoch: images (N, features), labels (N,), order (samples,), lr (minibatches,) on the CPU, and for each

@@ -39,6 +39,22 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "_cross_entropy_probabilities_backward(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor "
       "lse, str reduction, bool needs_grad_input, bool needs_grad_target) -> (Tensor, Tensor)");
 
+  // cross_entropy of linear_act without activation, whose output never is there as a whole: loss (like lse), lse and
+  // total_weight as above, and, where they are needed and the reduction is not none, the gradients of input,
+  // linear_weight and linear_bias for a grad_output of 1, else empty tensors
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+      "str reduction, int ignore_index, float label_smoothing, bool needs_grad_input, bool needs_grad_weight, bool "
+      "needs_grad_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // (grad_input, grad_weight, grad_bias); one that is not needed comes back as an empty tensor
+  m.def(
+      "_linear_cross_entropy_backward(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor linear_weight, "
+      "Tensor? "
+      "linear_bias, Tensor target, Tensor? weight, Tensor lse, Tensor total_weight, str reduction, int ignore_index, "
+      "float label_smoothing, bool needs_grad_input, bool needs_grad_weight, bool needs_grad_bias) -> (Tensor, Tensor, "
+      "Tensor)");
+
   // minibatch SGD over the images in that order, which moves weights, biases and velocities (of each layer its weight's
   // and its bias's; none without momentum); a mean loss and an lr for each minibatch
   m.def(

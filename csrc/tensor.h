@@ -88,7 +88,7 @@ inline void check_product(AOTITorchError error) {
   check(error == AOTI_TORCH_SUCCESS, "torch_mlp: torch's matrix product failed, as torch.mm would");
 }
 
-// out = a @ b (+ bias, one value per column), by the library's GEMM.
+// out = a @ b (+ bias, one value per column, or a matrix, which may be out itself), by the library's GEMM.
 inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b,
                        const std::optional<Tensor>& bias = std::nullopt) {
 #ifdef TORCH_MLP_WITH_CUDA

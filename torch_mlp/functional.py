@@ -11,7 +11,15 @@ from torch.nn import _reduction as torch_reduction
 from torch_mlp import ops
 from torch_mlp.ops import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "cross_entropy", "linear_act", "linear_sigmoid", "mlp", "mlp_cross_entropy"]
+__all__ = [
+    "ACTIVATIONS",
+    "cross_entropy",
+    "linear_act",
+    "linear_cross_entropy",
+    "linear_sigmoid",
+    "mlp",
+    "mlp_cross_entropy",
+]
 
 
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "sigmoid") -> Tensor:
@@ -253,6 +261,122 @@ def cross_entropy(
     if reduction == "none" and input.dim() != 2:
         loss = loss.reshape(shape)
     return (loss, lse.reshape(shape)) if return_lse else loss
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    z_loss: float = 0.0,
+) -> Any:
+    r"""Softmax cross-entropy of a linear layer's output: ``torch.nn.functional.linear_cross_entropy`` in one op.
+
+    Stands for ``cross_entropy(linear(input, linear_weight, linear_bias), target)``, but the logits are there for some
+    rows at a time only: beside the results it takes 1 KiB for each class, or 1 MiB, on CUDA twice that, and with dtypes
+    of 16 bits a float32 copy of linear_weight. All logits are held for probabilities as targets, for a linear_weight of
+    more than two dimensions, for class weights under autocast, and for second derivatives.
+
+    Args:
+        input: what the linear layer maps to logits.
+        linear_weight: its weight.
+        target: for each row the index of its class, or ``ignore_index``; or the probability of every class.
+        linear_bias: its bias, if given.
+        weight: a factor for each class, as all that follow see :func:`cross_entropy`.
+        reduction: "none", "mean" or "sum".
+        ignore_index: rows with this target have loss 0 and gradient 0; None stands for -100.
+        label_smoothing: the share of each target that is spread evenly over all classes.
+        return_lse: whether to return each row's log-sum-exp too. With it or z_loss the logits are computed twice.
+        z_loss: this much times the square of the log-sum-exp is added to each row's loss.
+
+    Shape:
+        - input: :math:`(N, in\_features)` or :math:`(in\_features)`, float64, float32, bfloat16 or float16
+        - linear_weight: :math:`(C, in\_features)`, or :math:`(C, d_1, \ldots, in\_features)` for C classes at each of
+          several places
+        - target: :math:`(N)`, :math:`()` or :math:`(N, d_1, \ldots)`; or probabilities :math:`(N, C)`, :math:`(C)` or
+          :math:`(N, C, d_1, \ldots)`
+        - linear_bias: :math:`(C)` or :math:`(C, d_1, \ldots)`
+        - weight: :math:`(C)`
+
+    Returns:
+        A tensor of the dtype of input and of the shape of the indices for reduction "none", otherwise :math:`()`. With
+        ``return_lse``, it and the log-sum-exp of each row, float32 for dtypes of 16 bits.
+
+    Raises:
+        The errors of :func:`cross_entropy`, and RuntimeError if a shape, dtype or device does not fit.
+
+    Example:
+        >>> hidden, weight = torch.randn(64, 512), torch.randn(32000, 512)
+        >>> linear_cross_entropy(hidden, weight, torch.randint(32000, (64,))).shape
+        torch.Size([])
+
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4.
+    """
+    op = "linear_cross_entropy"
+    _check_reduction(op, reduction)
+    if input.dim() not in (1, 2):
+        raise RuntimeError(f"{op}: expected input of shape (N, in_features) or (in_features), got {tuple(input.shape)}")
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise RuntimeError(
+            f"{op}: expected linear_weight of shape (C, {input.shape[-1]}), got {tuple(linear_weight.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"{op}: expected linear_bias of shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(f"{op}: expected input of shape (N, in_features) with a linear_weight of more dimensions")
+    logits_shape = input.shape[:-1] + linear_weight.shape[:-1]
+    holds_probabilities = target.shape == logits_shape
+    if holds_probabilities and ignore_index is not None:
+        raise RuntimeError(f"{op}: expected no ignore_index with class probabilities, got {ignore_index}")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    is_autocasting = _is_autocasting(input)
+    if holds_probabilities or linear_weight.dim() > 2 or (is_autocasting and weight is not None):
+        matrix, bias = (
+            linear_weight.reshape(-1, input.shape[-1]),
+            None if linear_bias is None else linear_bias.flatten(),
+        )
+        return cross_entropy(
+            linear_act(input, matrix, bias, "identity").reshape(logits_shape),
+            target,
+            weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            return_lse=return_lse,
+            z_loss=z_loss,
+        )
+    target = _check_classes(op, target, weight)
+    # Autocast computes the products in 16 bits and the loss in float32.
+    dtype = torch.promote_types(input.dtype, torch.float32) if is_autocasting else input.dtype
+    if is_autocasting:
+        input, linear_weight, linear_bias = _autocast(None, input, linear_weight, linear_bias)
+    rows, of_rows = (input.unsqueeze(0), target.reshape(-1)) if input.dim() == 1 else (input, target)
+    result = ops.linear_cross_entropy(
+        rows,
+        linear_weight,
+        linear_bias,
+        of_rows,
+        weight,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        bool(return_lse or z_loss),
+    )
+    if not (return_lse or z_loss):
+        return result.to(dtype).reshape(input.shape[:-1] if reduction == "none" else ())
+    loss, lse, total_weight = result
+    if z_loss:
+        loss = loss + z_loss * _reduce(lse.square(), total_weight, reduction)
+    loss = loss.to(dtype).reshape(input.shape[:-1] if reduction == "none" else ())
+    return (loss, lse.reshape(input.shape[:-1])) if return_lse else loss
 
 
 def _check_reduction(op: str, reduction: str) -> None:

@@ -86,8 +86,8 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const std::optional
     const std::optional<Tensor> w = weight ? std::optional(as_contiguous(*weight)) : std::nullopt;
     const std::optional<Tensor> h = grad_lse ? std::optional(as_contiguous(*grad_lse)) : std::nullopt;
     const compute* maximum = statistics.const_data_ptr<compute>();
-    const RowGradients<scalar_t> incoming =
-        row_gradients<scalar_t>(grad_output, h, *total_weight.const_data_ptr<compute>(), options.reduction);
+    const RowGradients<scalar_t, compute> incoming =
+        row_gradients<scalar_t, compute>(grad_output, h, *total_weight.const_data_ptr<compute>(), options.reduction);
     const bool are_right = cross_entropy_backward_rows<scalar_t>(
         incoming, x.const_data_ptr<scalar_t>(), labels, w ? w->const_data_ptr<scalar_t>() : nullptr, maximum,
         maximum + rows, grad_input.mutable_data_ptr<scalar_t>(), rows, classes, options);

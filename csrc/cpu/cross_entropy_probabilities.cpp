@@ -51,9 +51,10 @@ void probabilities_rows(const scalar_t* input, const scalar_t* target, double* l
 }
 
 template <typename scalar_t>
-void probabilities_backward_rows(const RowGradients<scalar_t>& incoming, const scalar_t* input, const scalar_t* target,
-                                 const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* sum,
-                                 scalar_t* grad_input, scalar_t* grad_target, int64_t rows, int64_t classes) {
+void probabilities_backward_rows(const RowGradients<scalar_t, compute_t<scalar_t>>& incoming, const scalar_t* input,
+                                 const scalar_t* target, const compute_t<scalar_t>* maximum,
+                                 const compute_t<scalar_t>* sum, scalar_t* grad_input, scalar_t* grad_target,
+                                 int64_t rows, int64_t classes) {
   using compute = compute_t<scalar_t>;
   torch::stable::parallel_for(0, rows, grain_of(classes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -130,7 +131,7 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_backward_cpu(const Tensor
     const std::optional<Tensor> h = grad_lse ? std::optional(as_contiguous(*grad_lse)) : std::nullopt;
     const compute* maximum = statistics.const_data_ptr<compute>();
     probabilities_backward_rows<scalar_t>(
-        row_gradients<scalar_t>(grad_output, h, double(rows), reduce), x.const_data_ptr<scalar_t>(),
+        row_gradients<scalar_t, compute>(grad_output, h, double(rows), reduce), x.const_data_ptr<scalar_t>(),
         t.const_data_ptr<scalar_t>(), maximum, maximum + rows,
         needs_grad_input ? grad_input.mutable_data_ptr<scalar_t>() : nullptr,
         needs_grad_target ? grad_target.mutable_data_ptr<scalar_t>() : nullptr, rows, classes);

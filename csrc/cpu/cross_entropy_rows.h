@@ -42,19 +42,24 @@ struct RowSums {
 };
 
 // What comes in for the backward pass: a factor for all rows, or one for each; and, or null, one for the lse of each.
-template <typename scalar_t>
+template <typename grad_t, typename compute>
 struct RowGradients {
   double of_all;
-  const scalar_t* of_rows;
+  const grad_t* of_rows;
   int64_t stride;
-  const compute_t<scalar_t>* of_lse;
+  const compute* of_lse;
+
+  // Those of the rows from begin on.
+  RowGradients from(int64_t begin) const {
+    return {of_all, of_rows ? of_rows + begin * stride : nullptr, stride, of_lse ? of_lse + begin : nullptr};
+  }
 };
 
-template <typename scalar_t>
-RowGradients<scalar_t> row_gradients(const Tensor& grad_output, const std::optional<Tensor>& grad_lse,
-                                     double total_weight, Reduction reduction) {
-  const scalar_t* grad = grad_output.const_data_ptr<scalar_t>();
-  const auto* of_lse = grad_lse ? grad_lse->const_data_ptr<compute_t<scalar_t>>() : nullptr;
+template <typename grad_t, typename compute>
+RowGradients<grad_t, compute> row_gradients(const Tensor& grad_output, const std::optional<Tensor>& grad_lse,
+                                            double total_weight, Reduction reduction) {
+  const grad_t* grad = grad_output.const_data_ptr<grad_t>();
+  const compute* of_lse = grad_lse ? grad_lse->const_data_ptr<compute>() : nullptr;
   if (reduction == Reduction::None) {
     return {0, grad, grad_output.stride(0), of_lse};
   }
@@ -169,8 +174,8 @@ double sum_of(const double* values, int64_t count) {
 }
 
 // Writes each row's maximum and sum, and its loss unless that is null.
-template <typename scalar_t>
-RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, scalar_t* loss,
+template <typename scalar_t, typename loss_t>
+RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, loss_t* loss,
                            compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum, int64_t rows, int64_t classes,
                            const Options& options) {
   using compute = compute_t<scalar_t>;
@@ -206,7 +211,7 @@ RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const s
     }
     if (loss) {
       std::transform(row_loss.begin(), row_loss.begin() + count, loss + begin,
-                     [](double value) { return scalar_t(value); });
+                     [](double value) { return loss_t(value); });
     }
     return RowSums{sum_of(row_loss.data(), count), target_weight, counts.wrong};
   };
@@ -223,9 +228,9 @@ RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const s
 }
 
 // The gradient of the logits, which may take their place. Gives whether all labels are right.
-template <typename scalar_t>
-bool cross_entropy_backward_rows(const RowGradients<scalar_t>& incoming, const scalar_t* input, const int64_t* target,
-                                 const scalar_t* weight, const compute_t<scalar_t>* maximum,
+template <typename scalar_t, typename grad_t>
+bool cross_entropy_backward_rows(const RowGradients<grad_t, compute_t<scalar_t>>& incoming, const scalar_t* input,
+                                 const int64_t* target, const scalar_t* weight, const compute_t<scalar_t>* maximum,
                                  const compute_t<scalar_t>* sum, scalar_t* grad_input, int64_t rows, int64_t classes,
                                  const Options& options) {
   using compute = compute_t<scalar_t>;

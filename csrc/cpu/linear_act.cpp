@@ -200,6 +200,22 @@ void forward_by_library(const Tensor& x, const Tensor& weight, const std::option
   }
 }
 
+bool may_use_kernels(const Tensor& of_output, const LinearShape& shape) {
+  return of_output.scalar_type() == ScalarType::Float && of_output.numel() > 0 && shape.in_features > 0;
+}
+
+template <typename Activation>
+void linear_act_out(const Tensor& output, const Tensor& input, const Tensor& weight,
+                    const std::optional<Tensor>& bias) {
+  const LinearShape shape = linear_shape(input, weight);
+  if (may_use_kernels(output, shape) && kernels_win(shape).forward) {
+    forward_by_kernels(input, weight, bias, kind_of<Activation>, output);
+  } else {
+    dispatch_floating(output.scalar_type(),
+                      [&](auto zero) { forward_by_library<Activation, decltype(zero)>(input, weight, bias, output); });
+  }
+}
+
 // A matrix (rows, cols) of scratch memory. Its rows begin in different lines of a cache set, so that a column of it
 // fits the cache too, whatever power of two cols may be.
 template <typename scalar_t>
@@ -219,6 +235,36 @@ Tensor scratch_matrix(int64_t rows, int64_t cols, const Tensor& like) {
 
 }  // namespace
 
+// --- the products of a linear layer, into matrices that are there ---
+
+void linear_out_cpu(const Tensor& output, const Tensor& input, const Tensor& weight,
+                    const std::optional<Tensor>& bias) {
+  linear_act_out<Identity>(output, input, weight, bias);
+}
+
+void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, const Tensor& weight) {
+  const LinearShape shape = linear_shape(grad_input, weight);
+  if (may_use_kernels(grad_z, shape) && kernels_win(shape).grad_input) {
+    const Tensor w = with_adjacent_columns(weight);
+    product_by_kernels({shape.batch, shape.in_features, shape.out_features, const_matrix(grad_z), false,
+                        const_matrix(w), matrix(grad_input, shape.in_features)});
+  } else {
+    matmul_out(grad_input, grad_z, weight);
+  }
+}
+
+void linear_grad_weight_out_cpu(const Tensor& grad_weight, const Tensor& grad_z, const Tensor& input,
+                                bool accumulates) {
+  const LinearShape shape = linear_shape(input, grad_weight);
+  if (may_use_kernels(grad_z, shape) && kernels_win(shape).grad_weight) {
+    const Tensor x = with_adjacent_columns(input);
+    product_by_kernels({shape.out_features, shape.in_features, shape.batch, const_matrix(grad_z), true, const_matrix(x),
+                        matrix(grad_weight, shape.in_features), accumulates});
+  } else {
+    matmul_out(grad_weight, transpose(grad_z), input, accumulates ? std::optional(grad_weight) : std::nullopt);
+  }
+}
+
 // --- the ops ---
 
 Tensor linear_act_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -233,15 +279,7 @@ Tensor linear_act_cpu(const Tensor& input, const Tensor& weight, const std::opti
     if (output.numel() == 0) {
       return;
     }
-    const Tensor x = as_matrix(input), y = as_matrix(output);
-    dispatch_floating(input.scalar_type(), [&](auto zero) {
-      using scalar_t = decltype(zero);
-      if (std::is_same_v<scalar_t, float> && x.size(1) > 0 && kernels_win(linear_shape(x, weight)).forward) {
-        forward_by_kernels(x, weight, bias, kind_of<decltype(act)>, y);
-      } else {
-        forward_by_library<decltype(act), scalar_t>(x, weight, bias, y);
-      }
-    });
+    linear_act_out<decltype(act)>(as_matrix(output), as_matrix(input), weight, bias);
   });
   return output;
 }
@@ -269,25 +307,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cpu(const Tensor& grad_ou
         activation_backward<decltype(act), scalar_t>(gy, y, writes_grad_z ? &gz : nullptr,
                                                      needs_grad_bias ? &grad_bias : nullptr);
       }
-      const LinearShape shape = linear_shape(x, weight);
-      const bool may_use_kernels = std::is_same_v<scalar_t, float> && gy.numel() > 0 && shape.in_features > 0;
       if (needs_grad_input) {
-        const Tensor w = with_adjacent_columns(weight);
-        if (may_use_kernels && kernels_win(shape).grad_input) {
-          product_by_kernels({shape.batch, shape.in_features, shape.out_features, const_matrix(gz), false,
-                              const_matrix(w), matrix(grad_input, shape.in_features)});
-        } else {
-          matmul_out(as_matrix(grad_input), gz, weight);
-        }
+        linear_grad_input_out_cpu(as_matrix(grad_input), gz, weight);
       }
       if (needs_grad_weight) {
-        if (may_use_kernels && kernels_win(shape).grad_weight) {
-          const Tensor b = with_adjacent_columns(x);
-          product_by_kernels({shape.out_features, shape.in_features, shape.batch, const_matrix(gz), true,
-                              const_matrix(b), matrix(grad_weight, shape.in_features)});
-        } else {
-          matmul_out(grad_weight, transpose(gz), x);
-        }
+        linear_grad_weight_out_cpu(grad_weight, gz, x, false);
       }
     });
   });

@@ -35,6 +35,7 @@ _load_library()
 from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse  # noqa: E402 - the library comes first
 from torch_mlp.ops.cross_entropy_probabilities import cross_entropy_probabilities  # noqa: E402
 from torch_mlp.ops.linear_act import ACTIVATIONS, linear_act  # noqa: E402
+from torch_mlp.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
 from torch_mlp.ops.mlp import mlp, mlp_cross_entropy  # noqa: E402
 from torch_mlp.ops.train_epoch import train_epoch  # noqa: E402
 
@@ -57,6 +58,7 @@ __all__ = [
     "cross_entropy_with_lse",
     "has_cuda_kernels",
     "linear_act",
+    "linear_cross_entropy",
     "mlp",
     "mlp_cross_entropy",
     "train_epoch",
