@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 def test_batch_sizes_that_change(device, op):
     """One graph for every batch size but 1, of which torch makes one of its own; values and gradients as without."""
     for batch in (6, 64, 7, 1, 200):
-        sample = op(device, torch.float32, batch)
+        sample = op(device, torch.float64, batch)
         tensors = [*sample.inputs, *sample.others]
         if batch == 6:
             compiled = torch.compile(sample.ours, fullgraph=True, dynamic=True)
