@@ -12,7 +12,7 @@ export PYTHONPATH=$PWD
 FORCE_CUDA=1 "$python" setup.py --quiet build_ext --inplace
 
 tests=(tests/test_linear_act.py tests/test_cross_entropy.py tests/test_ops.py tests/test_nn_linear.py
-  tests/test_nn_loss.py tests/test_nn_mlp.py tests/test_mlp.py)
+  tests/test_nn_loss.py tests/test_nn_mlp.py tests/test_mlp.py tests/subsystems)
 if "$python" -c 'import hypothesis' 2> /dev/null; then tests+=(tests/test_epoch.py); fi
 # The training tests need scikit-learn's digits.
 if "$python" -c 'import sklearn, tqdm, hypothesis' 2> /dev/null; then tests+=(tests/test_training.py); fi

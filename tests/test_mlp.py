@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import DTYPES, assert_no_less_accurate, assert_same_bits, clones
-from torch.autograd import gradcheck, gradgradcheck
+from conftest import DTYPES, assert_no_less_accurate, assert_same_bits
 
 from torch_mlp import nn
 from torch_mlp.functional import ACTIVATIONS, linear_act, mlp, mlp_cross_entropy
@@ -131,37 +130,6 @@ def test_every_combination_of_frozen_tensors(device, needs):
                 torch.testing.assert_close(grad, expected)
 
 
-@activations
-def test_gradcheck(device, activation):
-    tensors = make(device)
-    target = torch.randint(3, (7,), device=device)
-    for function in (ours(activation), with_loss(activation, target, reduction="none")):
-        assert gradcheck(function, tensors)
-
-
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "identity"])
-def test_gradgradcheck(device, activation):
-    tensors = make(device, widths=(3, 4, 3, 2), batch=3)
-    target = torch.randint(2, (3,), device=device)
-    for function in (ours(activation), with_loss(activation, target)):
-        assert gradgradcheck(function, tensors)
-
-
-def test_second_backward_and_nothing_clobbered(device):
-    tensors = make(device, torch.float32)
-    target = torch.randint(3, (7,), device=device)
-    before = clones(tensors)
-    for function in (ours("sigmoid"), with_loss("sigmoid", target)):
-        output = function(*tensors)
-        grad_output = torch.randn_like(output)
-        kept = grad_output.clone()
-        first = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
-        second = torch.autograd.grad(output, tensors, grad_output)
-        assert_same_bits(first, second)
-        assert torch.equal(kept, grad_output)
-        assert_same_bits(before, tensors)
-
-
 def test_as_layer_by_layer(device):
     """The same kernels as linear_act: the same bits."""
     input, *parameters = make(device, torch.float32, (40, 30, 20, 10), 65)
@@ -176,49 +144,6 @@ def test_as_layer_by_layer(device):
         torch.autograd.grad(output, [input, *parameters], grad_output),
         torch.autograd.grad(hidden, [input, *parameters], grad_output),
     )
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_functional_transforms(device):
-    tensors = make(device, widths=(3, 4, 2), batch=3)
-    target = torch.randint(2, (3,), device=device)
-    function, reference = with_loss("tanh", target), eager_with_loss("tanh", target)
-    tangents = tuple(torch.randn_like(tensor) for tensor in tensors)
-    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
-        torch.testing.assert_close(transform(function)(*tensors), transform(reference)(*tensors))
-    torch.testing.assert_close(
-        torch.func.jvp(function, tuple(tensors), tangents), torch.func.jvp(reference, tuple(tensors), tangents)
-    )
-    in_dims = (0, *(None,) * 4)
-    batched = [
-        torch.func.vmap(network, in_dims)(torch.stack([tensors[0], -tensors[0]]), *tensors[1:])
-        for network in (ours("tanh"), eager("tanh"))
-    ]
-    torch.testing.assert_close(*batched)
-
-
-def test_compile(device):
-    tensors = make(device, torch.float32)
-    target = torch.randint(3, (7,), device=device)
-    for function in (ours("sigmoid"), with_loss("sigmoid", target)):
-        compiled = torch.compile(function, fullgraph=True)
-        output, expected = compiled(*tensors), function(*tensors)
-        grad_output = torch.randn_like(expected)
-        torch.testing.assert_close(output, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(output, tensors, grad_output), torch.autograd.grad(expected, tensors, grad_output)
-        )
-
-
-def test_autocast(device):
-    tensors = make(device, torch.float32)
-    target = torch.randint(3, (7,), device=device)
-    with torch.autocast(device, torch.bfloat16):
-        assert ours("sigmoid")(*tensors).dtype == torch.bfloat16
-        loss = with_loss("sigmoid", target)(*tensors)
-        expected = eager_with_loss("sigmoid", target)(*tensors)
-    assert loss.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)
 
 
 def test_loss_of_the_module(device):

@@ -1,8 +1,6 @@
 """torch_mlp/nn/linear.py."""
 
-import copy
 import inspect
-import pickle
 
 import pytest
 import torch
@@ -60,15 +58,6 @@ def test_state_dicts_move_both_ways_with_a_stock_sequential():
     torch.testing.assert_close(ours(input), stock[1](torch.sigmoid(stock[0](input))))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_deepcopy_and_pickle(copied):
-    layer = LinearAct(5, 4, activation="tanh")
-    twin, input = copied(layer), torch.randn(6, 5)
-    assert torch.equal(twin(input), layer(input))
-    assert twin.weight is not layer.weight
-    assert repr(twin) == repr(layer)
-
-
 def test_repr():
     assert repr(LinearSigmoid(2, 3, bias=False)) == "LinearSigmoid(in_features=2, out_features=3, bias=False)"
     assert repr(LinearAct(2, 3)) == "LinearAct(in_features=2, out_features=3, bias=True, activation=sigmoid)"
@@ -77,7 +66,3 @@ def test_repr():
 def test_unknown_activation():
     with pytest.raises(ValueError, match=r"LinearAct: expected activation to be one of identity, .*, got 'gelu'"):
         LinearAct(2, 3, activation="gelu")
-
-
-def test_meta_device():
-    assert LinearAct(5, 4, device="meta")(torch.empty(3, 5, device="meta")).shape == (3, 4)

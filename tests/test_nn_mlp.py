@@ -1,9 +1,6 @@
 """torch_mlp/nn/mlp.py."""
 
-import copy
 import math
-import pickle
-import warnings
 from itertools import pairwise
 
 import pytest
@@ -75,29 +72,6 @@ def test_gaussian_initialisation():
             assert parameter.std().item() == pytest.approx(0.3, rel=0.02)
     again = MLP(300, [400], 500).init_gaussian_(std=0.3, generator=torch.Generator().manual_seed(1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_deepcopy_and_pickle(copied):
-    model, input = MLP(5, [4], 3, "tanh"), torch.randn(7, 5)
-    twin = copied(model)
-    assert torch.equal(twin(input), model(input))
-    assert (twin.hidden_features, twin.activation) == ((4,), "tanh")
-
-
-def test_compile_fullgraph(device):
-    model = MLP(5, [4, 6], 3).to(device)
-    input, target = torch.randn(7, 5, device=device), torch.randint(3, (7,), device=device)
-
-    def loss(input):
-        return cross_entropy(model(input), target)
-
-    expected = torch.autograd.grad(loss(input), list(model.parameters()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler's, about itself
-        found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(input), list(model.parameters()))
-    for our, their in zip(found, expected, strict=True):
-        torch.testing.assert_close(our, their)
 
 
 def test_learns_xor():

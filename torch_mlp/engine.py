@@ -80,6 +80,9 @@ def _check_parameters(layers: list[Layer]) -> None:
     if device.type != "cpu" and not (device.type == "cuda" and ops.has_cuda_kernels()):
         raise ValueError(f"train_epoch: expected parameters on the CPU or a CUDA device, got some on {device}")
     for name, parameter in parameters.items():
+        if type(parameter.data) is not torch.Tensor:
+            kind = type(parameter.data).__name__
+            raise ValueError(f"train_epoch: expected parameters that are plain tensors, got a {kind} in {name}")
         if parameter.dtype != dtype or parameter.device != device or dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 "train_epoch: expected float32 or float64 parameters, all of one dtype on one device, got "

@@ -12,6 +12,12 @@ from torch_mlp import functional
 from torch_mlp.nn.linear import LinearAct
 
 
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class MLP(torch.nn.Module):
     r"""A multilayer perceptron: fused hidden layers, then a linear layer that gives logits.
 
@@ -98,7 +104,8 @@ class MLP(torch.nn.Module):
         Example:
             >>> MLP(784, [512], 10).loss(torch.rand(64, 784), torch.randint(10, (64,))).backward()
         """
-        if (parameters := self._plain_parameters()) is not None:
+        # Hooks of the model itself, as those with which FSDP fetches its parameters, run where it is called.
+        if not _has_hooks(self) and (parameters := self._plain_parameters()) is not None:
             return functional.mlp_cross_entropy(input, *parameters, target, self.activation, **options)
         return functional.cross_entropy(self(input), target, **options)
 
@@ -111,10 +118,7 @@ class MLP(torch.nn.Module):
             if (
                 type(layer) is not LinearAct
                 or layer.activation != ("identity" if is_last else self.activation)
-                or layer._forward_hooks
-                or layer._forward_pre_hooks
-                or layer._backward_hooks
-                or layer._backward_pre_hooks
+                or _has_hooks(layer)
             ):
                 return None
             weights.append(layer.weight)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_mlp.ops.transforms import in_transform
+from torch_mlp.ops.transforms import in_transform, is_composed
 
 forward_op = torch.ops.torch_mlp.cross_entropy.default
 backward_op = torch.ops.torch_mlp._cross_entropy_backward.default
@@ -57,6 +57,11 @@ def reference(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
 ) -> Tensor:
     """The op composed of ATen calls."""
+    if reduction == "mean" and weight is not None and label_smoothing > 0:
+        # torch's function selects the targets that count, as many as there are, which cannot be batched.
+        kept = target != ignore_index
+        total_weight = (weight[target.where(kept, 0)] * kept).sum()
+        return reference(input, target, weight, "sum", ignore_index, label_smoothing) / total_weight
     return torch.nn.functional.cross_entropy(
         input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
@@ -100,7 +105,7 @@ def _gradient(
     index = target.unsqueeze(1).where(is_kept, 0)
     weight = logits.new_ones(num_classes) if weight is None else weight.to(logits.dtype)
     at_target = (1 - label_smoothing) * weight[index] * is_kept
-    smoothing = label_smoothing / num_classes * is_kept
+    smoothing = label_smoothing / num_classes * is_kept.to(logits.dtype)
     divisor = total_weight if reduction == "mean" else torch.ones_like(total_weight)
     divisor = divisor.where(divisor != 0, 1)  # no weight, no gradient: every row is ignored or weighs nothing
     return _Gradient(
@@ -223,8 +228,8 @@ def log_sum_exp(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """The one entry: the reference inside functional transforms, the fused op everywhere else."""
-    if in_transform():
+    """The one entry: the reference inside functional transforms and of DTensors, else the fused op."""
+    if is_composed(input):
         return reference(input, target, weight, reduction, ignore_index, label_smoothing)
     return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, False)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_mlp.ops.transforms import in_transform
+from torch_mlp.ops.transforms import in_transform, is_composed
 
 forward_op = torch.ops.torch_mlp.linear_act.default
 backward_op = torch.ops.torch_mlp._linear_act_backward.default
@@ -167,7 +167,7 @@ class LinearAct(torch.autograd.Function):
 
 
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The one entry: the reference inside functional transforms, the fused op everywhere else."""
-    if in_transform():
+    """The one entry: the reference inside functional transforms and of DTensors, else the fused op."""
+    if is_composed(input):
         return reference(input, weight, bias, activation)
     return LinearAct.apply(input, weight, bias, activation)

@@ -17,7 +17,7 @@ from torch_mlp.ops.cross_entropy import reference as cross_entropy_reference
 from torch_mlp.ops.linear_act import LinearActBackward, only_needed
 from torch_mlp.ops.linear_act import reference as linear_act_reference
 from torch_mlp.ops.linear_act import reference_backward as linear_act_reference_backward
-from torch_mlp.ops.transforms import in_transform
+from torch_mlp.ops.transforms import in_transform, is_composed
 
 forward_op = torch.ops.torch_mlp.mlp.default
 backward_op = torch.ops.torch_mlp._mlp_backward.default
@@ -78,6 +78,22 @@ def _backward_by_layers(
             return grads
     grads[0] = grad
     return grads
+
+
+@torch.library.impl("torch_mlp::_mlp_backward", "Batched")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weights: list[Tensor],
+    outputs: list[Tensor],
+    activation: str,
+    needs_grad: list[int],
+) -> list[Tensor]:
+    """Of many grad_outputs at once, for torch.autograd.grad(is_grads_batched=True): torch cannot batch lists itself."""
+    incoming = (*[None] * (len(weights) - 1), grad_output)
+    needed = tuple(map(bool, needs_grad))
+    grads = _backward_by_layers(incoming, input, weights, outputs, activation, needed)
+    return [input.new_empty(0) if grad is None else grad for grad in grads]
 
 
 class MLP(torch.autograd.Function):
@@ -153,8 +169,8 @@ class MLPCrossEntropy(torch.autograd.Function):
 
 
 def mlp(input: Tensor, parameters: Parameters, activation: str) -> Tensor:
-    """The one entry: logits, by the reference inside functional transforms, by the fused op everywhere else."""
-    if in_transform():
+    """The one entry: logits, by the reference inside functional transforms and of DTensors, else by the fused op."""
+    if is_composed(input):
         return reference(input, parameters, activation)
     return MLP.apply(activation, input, *parameters)[-1]
 
@@ -170,7 +186,7 @@ def mlp_cross_entropy(
     label_smoothing: float,
 ) -> Tensor:
     """The one entry of the network with its loss."""
-    if in_transform():
+    if is_composed(input):
         logits = reference(input, parameters, activation)
         return cross_entropy_reference(logits, target, weight, reduction, ignore_index, label_smoothing)
     options = (reduction, ignore_index, label_smoothing)

@@ -1,5 +1,8 @@
-"""Whether a functional transform of torch is at work, in which an op is to be composed of ATen calls."""
+"""Where an op is to be composed of ATen calls: in functional transforms of torch and for distributed tensors."""
 
+import sys
+
+from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
@@ -11,3 +14,14 @@ def in_transform() -> bool:
     or ``vmap`` rule on an ``autograd.Function`` would do too, but ``torch.compile(fullgraph=True)`` rejects it.
     """
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_composed(input: Tensor) -> bool:
+    """Whether an op of this input is its reference: in a transform, and for a DTensor, which ATen can split."""
+    return in_transform() or (type(input) is not Tensor and _is_dtensor(input))
+
+
+def _is_dtensor(input: Tensor) -> bool:
+    # Importing the module takes most of a second, and where nobody has done so there is no DTensor.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(input, module.DTensor)
