@@ -238,7 +238,7 @@ def cross_entropy_with_lse(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with the lse of each row, differentiable too, and the total weight by which the mean divides."""
-    if in_transform():
+    if is_composed(input):
         loss = reference(input, target, weight, reduction, ignore_index, label_smoothing)
         return loss, *reference_lse(input, target, weight, ignore_index)
     return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, True)

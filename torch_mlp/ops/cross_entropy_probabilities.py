@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_mlp.ops.linear_act import only_needed
-from torch_mlp.ops.transforms import in_transform
+from torch_mlp.ops.transforms import in_transform, is_composed
 
 forward_op = torch.ops.torch_mlp.cross_entropy_probabilities.default
 backward_op = torch.ops.torch_mlp._cross_entropy_probabilities_backward.default
@@ -104,5 +104,5 @@ class CrossEntropyProbabilities(torch.autograd.Function):
 
 
 def cross_entropy_probabilities(input: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """The one entry, loss and lse: the reference inside functional transforms, the fused op everywhere else."""
-    return (reference if in_transform() else CrossEntropyProbabilities.apply)(input, target, reduction)
+    """The one entry, loss and lse: the reference in transforms and of DTensors, else the fused op."""
+    return (reference if is_composed(input) else CrossEntropyProbabilities.apply)(input, target, reduction)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch_mlp.ops.cross_entropy import backward as cross_entropy_backward
 from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse, log_sum_exp
 from torch_mlp.ops.linear_act import only_needed
-from torch_mlp.ops.transforms import in_transform
+from torch_mlp.ops.transforms import in_transform, is_composed
 
 forward_op = torch.ops.torch_mlp.linear_cross_entropy.default
 backward_op = torch.ops.torch_mlp._linear_cross_entropy_backward.default
@@ -148,12 +148,12 @@ def linear_cross_entropy(
     label_smoothing: float,
     returns_lse: bool,
 ) -> Any:
-    """The one entry: the ops it is made of inside functional transforms, the fused op everywhere else.
+    """The one entry: the ops it is made of inside functional transforms and of DTensors, else the fused op.
 
     Loss; where asked for with the lse of each row, differentiable too, and the total weight by which the mean divides.
     """
     options = reduction, ignore_index, label_smoothing
-    if in_transform():
+    if is_composed(input):
         logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
         return (cross_entropy_with_lse if returns_lse else cross_entropy)(logits, target, weight, *options)
     is_recorded = torch.is_grad_enabled()
