@@ -130,13 +130,13 @@ struct KernelsWin {
 //                            10 outputs       1.5 to 2.2   0.8 to 0.95   1.2 to 1.4
 // MKL runs at 85 to 90 % of the peak on Intel's processors, and at 65 to 85 % elsewhere.
 KernelsWin kernels_win(const LinearShape& shape) {
-  constexpr int64_t most_features = 4096;  // bounds the panel, 64 rows of that many
+  constexpr int64_t most_depth = 4096;  // bounds the panel, 64 rows of that many
   const Products faster = faster_products();
-  if (faster == Products::Library || std::max(shape.in_features, shape.out_features) > most_features) {
+  if (faster == Products::Library) {
     return {false, false, false};
   }
   if (faster == Products::Kernels) {
-    return {true, true, true};
+    return {shape.in_features <= most_depth, shape.out_features <= most_depth, true};
   }
   const bool has_few_outputs = shape.out_features <= 16;
   return {has_few_outputs || shape.batch <= 128, false, has_few_outputs && shape.batch <= 1024};
