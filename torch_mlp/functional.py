@@ -9,8 +9,18 @@ from torch.nn import _reduction as torch_reduction
 
 from torch_mlp import ops
 from torch_mlp.ops import ACTIVATIONS
+from torch_mlp.ops.transforms import in_transform
 
-__all__ = ["ACTIVATIONS", "cross_entropy", "linear_act", "linear_sigmoid", "mlp", "mlp_cross_entropy"]
+__all__ = [
+    "ACTIVATIONS",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "linear_act",
+    "linear_binary_cross_entropy",
+    "linear_sigmoid",
+    "mlp",
+    "mlp_cross_entropy",
+]
 
 
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "sigmoid") -> Tensor:
@@ -219,10 +229,165 @@ def cross_entropy(
     return loss.reshape(shape) if reduction == "none" else loss
 
 
-def _check_cross_entropy(op: str, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """The target as the ops take it."""
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Sigmoid and binary cross-entropy: ``torch.nn.functional.binary_cross_entropy_with_logits`` in one op.
+
+    Loss and gradient are each computed in one visit of the logits; the sigmoid is never stored, and weights are not
+    written out to the shape of the logits. Logits of any size are handled, and losses near 0 to all their digits.
+
+    Args:
+        input: logits.
+        target: for each logit the probability of the positive class, which is differentiated too where it requires
+            grad.
+        weight: a factor for each logit, if given.
+        size_average: deprecated, see ``reduction``.
+        reduce: deprecated, see ``reduction``.
+        reduction: "none" gives each logit's loss, "sum" their sum, "mean" their sum divided by their number (which is
+            NaN where there is none, as in torch).
+        pos_weight: a factor for the positive class of each logit, if given.
+
+    Shape:
+        - input: :math:`(*)`, any shape, float64, float32, bfloat16 or float16
+        - target: :math:`(*)`, of the shape and device of input, floating-point
+        - weight, pos_weight: any that broadcast to :math:`(*)`, such as :math:`(C)` for :math:`(N, C)`
+
+    Returns:
+        A tensor of the dtype of target, as in torch, and of the shape of input for reduction "none", otherwise
+        :math:`()`. Where dtypes differ, the wider one of input and target is computed in.
+
+    Raises:
+        NotImplementedError: if input is not floating-point or target or pos_weight are of dtype bool.
+        RuntimeError: if another dtype, a device or the shape of a weight does not fit, or a weight requires grad.
+        ValueError: if the reduction is not known or target and input differ in shape.
+
+    Example:
+        >>> logits = torch.tensor([2.0, -1.0], requires_grad=True)
+        >>> loss = binary_cross_entropy_with_logits(logits, torch.tensor([1.0, 0.0]))
+        >>> loss.backward()
+        >>> loss.detach(), logits.grad
+        (tensor(0.2201), tensor([-0.0596,  0.1345]))
+
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.2.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch_reduction.legacy_get_string(size_average, reduce)
+    op = "binary_cross_entropy_with_logits"
+    _check_reduction(op, reduction)
+    if target.shape != input.shape:
+        raise ValueError(f"{op}: expected target of shape {tuple(input.shape)}, got {tuple(target.shape)}")
+    _check_binary_cross_entropy(op, input, target, weight, pos_weight)
+    if _is_autocasting(input):
+        input, target, weight, pos_weight = _autocast(torch.float32, input, target, weight, pos_weight)
+    if target.dtype is input.dtype and weight is None and pos_weight is None:
+        return ops.binary_cross_entropy(input, target, None, None, reduction)
+    input, same, weight, pos_weight = _in_one_dtype(input, target, weight, pos_weight)
+    return ops.binary_cross_entropy(input, same, weight, pos_weight, reduction).to(target.dtype)
+
+
+def linear_binary_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The loss of a binary or multi-label classifier's last layer as one autograd node.
+
+    Stands for :func:`binary_cross_entropy_with_logits` of ``torch.nn.functional.linear(input, linear_weight,
+    linear_bias)``: logistic regression for one output, as many independent ones for several.
+
+    Args:
+        input: the values to map.
+        linear_weight: the matrix of the linear map.
+        target: for each logit the probability of the positive class.
+        linear_bias: added to every row of the product, if given.
+        weight: a factor for each logit, if given.
+        pos_weight: a factor for the positive class of each logit, if given.
+        reduction: "none", "mean" or "sum".
+
+    Shape:
+        - input: :math:`(*, in\_features)`, any leading dimensions, float64, float32, bfloat16 or float16
+        - linear_weight: :math:`(out\_features, in\_features)`, of the dtype and device of input
+        - target: :math:`(*, out\_features)`, or just :math:`(*)` where there is one output
+        - linear_bias: :math:`(out\_features)`, of the dtype and device of input
+        - weight, pos_weight: any that broadcast to the shape of target
+
+    Returns:
+        A tensor of the dtype of target, and of its shape for reduction "none", otherwise of shape :math:`()`.
+
+    Raises:
+        The errors of :func:`linear_act` and :func:`binary_cross_entropy_with_logits`.
+
+    Example:
+        >>> input, target = torch.randn(64, 784), torch.randint(2, (64,)).float()
+        >>> linear_binary_cross_entropy(input, torch.zeros(1, 784), target, linear_bias=torch.zeros(1))
+        tensor(0.6931)
+
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.2.
+    """
+    op = "linear_binary_cross_entropy"
+    _check_reduction(op, reduction)
+    if linear_weight.dim() != 2:
+        shape = tuple(linear_weight.shape)
+        raise RuntimeError(f"{op}: expected linear_weight of shape (out_features, in_features), got {shape}")
+    rows, out_features = input.shape[:-1], linear_weight.shape[0]
+    if target.shape != (*rows, out_features) and not (out_features == 1 and target.shape == rows):
+        raise ValueError(f"{op}: expected target of shape {(*rows, out_features)}, got {tuple(target.shape)}")
+    _check_binary_cross_entropy(op, input, target, weight, pos_weight)
+    # Where dtypes differ, as in autocast, the loss is computed in another one than the linear map.
+    if _is_autocasting(input) or any(t is not None and t.dtype != input.dtype for t in (target, weight, pos_weight)):
+        logits = linear_act(input, linear_weight, linear_bias, "identity").reshape(target.shape)
+        return binary_cross_entropy_with_logits(logits, target, weight, reduction=reduction, pos_weight=pos_weight)
+    return ops.linear_binary_cross_entropy(input, linear_weight, linear_bias, target, weight, pos_weight, reduction)
+
+
+def _check_reduction(op: str, reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: expected reduction to be one of none, mean, sum, got {reduction!r}")
+
+
+def _check_binary_cross_entropy(
+    op: str, input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None
+) -> None:
+    """What the op itself does not check, and where torch's error is of another class."""
+    if not input.is_floating_point():
+        raise NotImplementedError(f"{op}: expected input of a floating-point dtype, got {input.dtype}")
+    for name, self in (("target", target), ("pos_weight", pos_weight)):
+        if self is not None and self.dtype is torch.bool:
+            raise NotImplementedError(f"{op}: expected {name} of a floating-point dtype, got {self.dtype}")
+    for name, self in (("weight", weight), ("pos_weight", pos_weight)):
+        # Within torch.func the composed op is differentiated by them too.
+        if self is not None and self.requires_grad and torch.is_grad_enabled() and not in_transform():
+            raise RuntimeError(f"{op}: expected {name} not to require grad, for the loss has no gradient by it")
+
+
+def _in_one_dtype(input: Tensor, target: Tensor, *weights: Tensor | None) -> list[Any]:
+    """Tensors that torch takes together, as an op takes them: in one dtype, scalars on the device of the others."""
+    dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+    result: list[Any] = [
+        t.to(dtype) if t.is_floating_point() else t for t in (input, target)
+    ]  # what is not, the op refuses
+    for weight in weights:
+        if weight is not None and not weight.is_complex():
+            weight = weight.to(weight.device if weight.dim() else input.device, dtype)
+        result.append(weight)
+    return result
+
+
+def _check_cross_entropy(op: str, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """The target as the ops take it."""
+    _check_reduction(op, reduction)
     if target.is_floating_point():
         raise NotImplementedError(
             f"{op}: expected class indices of dtype torch.int64 as target, got {target.dtype}: class probabilities are "

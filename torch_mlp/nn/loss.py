@@ -28,3 +28,22 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    r"""Binary cross-entropy of logits: :class:`torch.nn.BCEWithLogitsLoss` in one op.
+
+    Arguments, buffers and state_dict are torch's; see
+    :func:`torch_mlp.functional.binary_cross_entropy_with_logits` for shapes, dtypes, errors and the formula.
+
+    Example:
+        >>> criterion = BCEWithLogitsLoss(pos_weight=torch.tensor([3.0]))
+        >>> criterion(torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 0.0]))
+        tensor(1.3863)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Loss of logits and targets of one shape."""
+        return functional.binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
+        )
