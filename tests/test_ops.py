@@ -48,6 +48,24 @@ def cross_entropy_backward_samples(device):
         yield torch.randn_like(loss), input, target, weight, lse, total_weight, *options
 
 
+def binary_cross_entropy_samples(device):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for reduction in ("none", "mean", "sum"):
+            # The mean of nothing is NaN, which opcheck does not find equal to itself.
+            for shape in ((3, 5), (), (0, 5)) if reduction != "mean" else ((3, 5), ()):
+                tensors = [torch.randn(shape), torch.rand(shape), torch.rand(shape[-1:]), torch.rand(shape)]
+                input, target, weight, pos_weight = (tensor.to(device, dtype) for tensor in tensors)
+                yield input, target, None, None, reduction
+                yield input, target, weight, pos_weight, reduction
+
+
+def binary_cross_entropy_backward_samples(device):
+    for sample in binary_cross_entropy_samples(device):
+        loss = torch.ops.torch_mlp.binary_cross_entropy_with_logits(*sample)
+        for needs in ((True, True), (True, False), (False, True)):
+            yield torch.randn_like(loss), *sample, *needs
+
+
 def mlp_samples(device):
     for dtype in (torch.float64, torch.bfloat16):
         for activation in torch_mlp.functional.ACTIVATIONS:
@@ -86,6 +104,8 @@ def train_epoch_samples(device):
 
 
 SAMPLES = {
+    "binary_cross_entropy_with_logits": binary_cross_entropy_samples,
+    "_binary_cross_entropy_with_logits_backward": binary_cross_entropy_backward_samples,
     "linear_act": linear_act_samples,
     "_linear_act_backward": linear_act_backward_samples,
     "cross_entropy": cross_entropy_samples,

@@ -346,7 +346,9 @@ def linear_binary_cross_entropy(
         raise ValueError(f"{op}: expected target of shape {(*rows, out_features)}, got {tuple(target.shape)}")
     _check_binary_cross_entropy(op, input, target, weight, pos_weight)
     # Where dtypes differ, as in autocast, the loss is computed in another one than the linear map.
-    if _is_autocasting(input) or any(t is not None and t.dtype != input.dtype for t in (target, weight, pos_weight)):
+    if _is_autocasting(input) or any(
+        t is not None and (t.dtype != input.dtype or t.is_cuda != input.is_cuda) for t in (target, weight, pos_weight)
+    ):
         logits = linear_act(input, linear_weight, linear_bias, "identity").reshape(target.shape)
         return binary_cross_entropy_with_logits(logits, target, weight, reduction=reduction, pos_weight=pos_weight)
     return ops.linear_binary_cross_entropy(input, linear_weight, linear_bias, target, weight, pos_weight, reduction)
@@ -363,26 +365,26 @@ def _check_binary_cross_entropy(
     """What the op itself does not check, and where torch's error is of another class."""
     if not input.is_floating_point():
         raise NotImplementedError(f"{op}: expected input of a floating-point dtype, got {input.dtype}")
-    for name, self in (("target", target), ("pos_weight", pos_weight)):
-        if self is not None and self.dtype is torch.bool:
+    for name, self in (("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        if self is None:
+            continue
+        if self.dtype is torch.bool and self is not weight:
             raise NotImplementedError(f"{op}: expected {name} of a floating-point dtype, got {self.dtype}")
-    for name, self in (("weight", weight), ("pos_weight", pos_weight)):
-        # Within torch.func the composed op is differentiated by them too.
-        if self is not None and self.requires_grad and torch.is_grad_enabled() and not in_transform():
+        # Within torch.func the composed op is differentiated by weights too.
+        if self is not target and self.requires_grad and torch.is_grad_enabled() and not in_transform():
             raise RuntimeError(f"{op}: expected {name} not to require grad, for the loss has no gradient by it")
 
 
 def _in_one_dtype(input: Tensor, target: Tensor, *weights: Tensor | None) -> list[Any]:
     """Tensors that torch takes together, as an op takes them: in one dtype, scalars on the device of the others."""
-    dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
-    result: list[Any] = [
-        t.to(dtype) if t.is_floating_point() else t for t in (input, target)
-    ]  # what is not, the op refuses
-    for weight in weights:
-        if weight is not None and not weight.is_complex():
-            weight = weight.to(weight.device if weight.dim() else input.device, dtype)
-        result.append(weight)
-    return result
+    dtype = input.dtype
+    if target.is_floating_point():  # what is not, the op refuses, and so complex weights
+        dtype = torch.promote_types(dtype, target.dtype)
+        target = target.to(dtype)
+    factors = [
+        w if w is None or w.is_complex() else w.to(w.device if w.dim() else input.device, dtype) for w in weights
+    ]
+    return [input.to(dtype), target, *factors]
 
 
 def _check_cross_entropy(op: str, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
