@@ -117,6 +117,18 @@ def test_gradcheck(device, reduction, outs, flat):
         assert gradgradcheck(loss, some)
 
 
+@heads
+def test_gradient_penalty(device, outs, flat):
+    """The second backward pass through the node brings gradients of the loss and of the logits at once."""
+    tensors, options = make(device, outs=outs, flat=flat)
+    found = []
+    for function in (ours(**options), eager(**options)):
+        loss = function(*tensors)
+        (by_input,) = torch.autograd.grad(loss, tensors[0], create_graph=True)
+        found.append(torch.autograd.grad(0.3 * loss + by_input.square().sum(), tensors))
+    torch.testing.assert_close(*found)
+
+
 @reductions
 def test_second_backward_and_nothing_clobbered(device, reduction):
     tensors, options = make(device, torch.float32)

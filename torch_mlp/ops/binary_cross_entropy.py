@@ -142,11 +142,11 @@ class BinaryCrossEntropyBackward(torch.autograd.Function):
 
 def backward(grad_output: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     """The backward pass; only where its result is to be differentiated again need its computation be recorded."""
-    if in_transform():
-        return reference_backward(grad_output, *saved)
-    if torch.is_grad_enabled():
-        return BinaryCrossEntropyBackward.apply(grad_output, *saved)
-    return only_needed(backward_op(grad_output, *saved), saved[-2:])
+    if torch.is_grad_enabled() or in_transform():
+        return (reference_backward if in_transform() else BinaryCrossEntropyBackward.apply)(grad_output, *saved)
+    grad_input, grad_target = backward_op(grad_output, *saved)
+    # As only_needed, which takes as long as the op on a few logits.
+    return grad_input if saved[-2] else None, grad_target if saved[-1] else None
 
 
 class BinaryCrossEntropy(torch.autograd.Function):
