@@ -226,6 +226,46 @@ inline void check_linear_cross_entropy(const char* op, const torch::stable::Tens
   check_classes(op, target, input, label_smoothing);
 }
 
+// --- binary_cross_entropy_with_logits: input (*), target (*), weight and pos_weight that broadcast to (*) ---
+
+inline void check_broadcasts(const char* op, const char* name, const torch::stable::Tensor& self,
+                             const torch::stable::Tensor& input) {
+  bool broadcasts = self.dim() <= input.dim();
+  for (int64_t d = 1; broadcasts && d <= self.dim(); ++d) {
+    const int64_t size = self.size(self.dim() - d);
+    broadcasts = size == 1 || size == input.size(input.dim() - d);
+  }
+  check(broadcasts, op, ": expected ", name, " that broadcasts to the shape of input, ", shape_of(input.sizes()),
+        ", got ", shape_of(self.sizes()));
+}
+
+inline void check_binary_cross_entropy(const char* op, const torch::stable::Tensor& input,
+                                       const torch::stable::Tensor& target,
+                                       const std::optional<torch::stable::Tensor>& weight,
+                                       const std::optional<torch::stable::Tensor>& pos_weight) {
+  check_floating(op, "input", input);
+  check_like_input(op, "target", target, input);
+  check_shape(op, "target", target, input.sizes());
+  for (const auto& [name, self] : {std::pair{"weight", &weight}, std::pair{"pos_weight", &pos_weight}}) {
+    if (*self) {
+      check_like_input(op, name, **self, input);
+      check_broadcasts(op, name, **self, input);
+    }
+  }
+}
+
+inline void check_binary_cross_entropy_backward(const char* op, const torch::stable::Tensor& grad_output,
+                                                const torch::stable::Tensor& input, const torch::stable::Tensor& target,
+                                                const std::optional<torch::stable::Tensor>& weight,
+                                                const std::optional<torch::stable::Tensor>& pos_weight,
+                                                Reduction reduction) {
+  check_binary_cross_entropy(op, input, target, weight, pos_weight);
+  check_like_input(op, "grad_output", grad_output, input);
+  check_shape(op, "grad_output", grad_output,
+              reduction == Reduction::None ? std::vector<int64_t>(input.sizes().begin(), input.sizes().end())
+                                           : std::vector<int64_t>{});
+}
+
 // --- train_epoch: images (N, features), labels (N,), order (samples,), lr (minibatches,) on the CPU, and for each
 // layer a weight, a bias (empty where there is none) and, where there is momentum, the velocities of both ---
 

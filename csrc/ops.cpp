@@ -55,6 +55,16 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "float label_smoothing, bool needs_grad_input, bool needs_grad_weight, bool needs_grad_bias) -> (Tensor, Tensor, "
       "Tensor)");
 
+  // the loss; weight and pos_weight are broadcast to the shape of input
+  m.def(
+      "binary_cross_entropy_with_logits(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
+      "str reduction) -> Tensor");
+
+  // (grad_input, grad_target); one that is not needed comes back as an empty tensor
+  m.def(
+      "_binary_cross_entropy_with_logits_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor? pos_weight, str reduction, bool needs_grad_input, bool needs_grad_target) -> (Tensor, Tensor)");
+
   // minibatch SGD over the images in that order, which moves weights, biases and velocities (of each layer its weight's
   // and its bias's; none without momentum); a mean loss and an lr for each minibatch
   m.def(

@@ -4,8 +4,9 @@
 Forward + backward through autograd, and the forward pass alone. Beside them run, in the same turns, our two ops called
 directly ("ops"), the processor's own peak (multiplications and additions that wait for nothing) and a copy of the
 logits. What the ops do not take is taken by autograd and Python, whatever the kernels do. Together they give the limit:
-the ratio if products ran at the peak, or if cross-entropy took no longer than two exponentials a logit at the peak or a
-copy of the logits, whichever is longer. Every figure is the median over the turns.
+the ratio if products ran at the peak, or if a loss took no longer than two exponentials a logit at the peak (three for
+the binary one, whose logarithm counts as one) or a copy of what it reads and writes, whichever is longer. Every figure
+is the median over the turns.
 """
 
 import argparse
@@ -36,11 +37,13 @@ from torch_mlp import functional
 BATCHES = (1, 8, 32, 64, 128, 256, 512, 1024, 4096)
 LAYERS = ((784, 128), (784, 512), (512, 512), (1024, 1024), (512, 256), (256, 10), (512, 1000))
 LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000), (4096, 1000), (512, 32000), (64, 128256))
+BINARY_LOGITS = ((64,), (4096,), (1_000_000,))
 QUICK_LINEAR = ((1, 784, 512), (64, 784, 128), (64, 784, 512), (128, 512, 512), (512, 512, 512), (64, 256, 10))
 QUICK_LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000))
 BFLOAT16_LAYERS = ((512, 512), (1024, 1024))
 MULTIPLY_ADDS_OF_EXP = 10  # whose time one takes in a loop of nothing else, of which 9 are its own: csrc/cpu/vector.h
 CUDA_LINEAR = ((64, 784, 512), (256, 1024, 1024), (8192, 1024, 4096), (4096, 4096, 4096))
+CUDA_BINARY_LOGITS = ((64,), (1 << 20,), (1 << 26,))
 CUDA_LOGITS = ((64, 10), (65536, 10), (16384, 1000), (8192, 32000), (4096, 128256))
 
 
@@ -117,12 +120,23 @@ class Case:
             self.ours, self.eager = functional.linear_sigmoid, eager_linear
             self.work = 2 * batch * ins * outs  # floating-point operations of one of the three products
             self.ops = self.linear_ops
+        elif op == "binary_cross_entropy":
+            self.label = f"{shape[0]} logits"
+            sizes = [shape]
+            target = torch.randint(2, shape, device=device)
+            targets = {to: target.to(to) for to in (torch.float64, dtype)}
+            self.grad_output = torch.randn((), **options)
+            self.exponentials, self.copies = 3, 2.5  # logits and targets are read twice, the gradient is written once
+            self.ours = lambda input: functional.binary_cross_entropy_with_logits(input, targets[input.dtype])
+            self.eager = lambda input: torch.nn.functional.binary_cross_entropy_with_logits(input, targets[input.dtype])
+            self.ops = lambda: self.binary_cross_entropy_ops(targets[dtype])
         else:
             batch, classes = shape
             self.label = f"{batch} x {classes}"
             sizes = [(batch, classes)]
             target = torch.randint(classes, (batch,), device=device)
             self.grad_output = torch.randn((), **options)
+            self.exponentials, self.copies = 2, 1.5  # the logits are read twice, the gradient is written once
             self.ours = lambda input: functional.cross_entropy(input, target)
             self.eager = lambda input: torch.nn.functional.cross_entropy(input, target)
             self.ops = lambda: self.cross_entropy_ops(target)
@@ -148,6 +162,15 @@ class Case:
             self.grad_output, None, *self.inputs, *options[:2], lse, total_weight, *options[2:]
         )
 
+    @torch.no_grad()
+    def binary_cross_entropy_ops(self, target: torch.Tensor) -> None:
+        """Forward and backward without autograd."""
+        arguments = (*self.inputs, target, None, None, "mean")
+        torch.ops.torch_mlp.binary_cross_entropy_with_logits.default(*arguments)
+        torch.ops.torch_mlp._binary_cross_entropy_with_logits_backward.default(
+            self.grad_output, *arguments, True, False
+        )
+
     def work_at_peak(self) -> None:
         """As many multiplications and additions as the three products, and as many times waking the threads."""
         rounds = multiply_adds(rounds=1)  # on all threads
@@ -170,7 +193,7 @@ class Case:
         steps["eager forward"] = forward(self.eager, inputs)
         if self.device == "cpu":
             steps["peak"] = multiply_adds
-            if self.op == "cross_entropy":
+            if self.op != "linear":
                 source = torch.empty(self.inputs[0].shape, dtype=self.dtype)
                 target = torch.zeros_like(source)
                 steps["copy"] = lambda: target.copy_(source)
@@ -206,11 +229,11 @@ class Case:
                 row["forward of peak"] = self.work / times["ours forward"] / peak
                 row["eager forward of peak"] = self.work / times["eager forward"] / peak
             else:
-                # The logits are read twice and the gradient is written once; a copy reads and writes.
-                exponentials = 2 * self.inputs[0].numel() * 2 * MULTIPLY_ADDS_OF_EXP / peak
-                floor = max(1.5 * times["copy"], exponentials)
+                # A copy reads and writes.
+                exponentials = self.exponentials * self.inputs[0].numel() * 2 * MULTIPLY_ADDS_OF_EXP / peak
+                floor = max(self.copies * times["copy"], exponentials)
             row["of peak"] = floor / times["ours"]
-            if self.op == "cross_entropy" or self.dtype == torch.float32:  # the peak of bfloat16 products is another
+            if self.op != "linear" or self.dtype == torch.float32:  # the peak of bfloat16 products is another
                 # New memory of over 32 MiB may cost the ops alone more than ours.
                 row["limit"] = best_peer / (max(0.0, times["ours"] - times["ops"]) + floor)
         if self.dtype == torch.float32 and self.device == "cpu":
@@ -222,14 +245,15 @@ def plan(arguments: argparse.Namespace, dtype: str) -> list[tuple[str, tuple[int
     """Op, shape and dtype of every row."""
     linear: list[tuple[int, ...]] = [(batch, *layer) for layer in LAYERS for batch in BATCHES]
     logits: list[tuple[int, ...]] = list(LOGITS)
+    binary: list[tuple[int, ...]] = list(BINARY_LOGITS)
     if arguments.device == "cuda":
-        linear, logits = list(CUDA_LINEAR), list(CUDA_LOGITS)
+        linear, logits, binary = list(CUDA_LINEAR), list(CUDA_LOGITS), list(CUDA_BINARY_LOGITS)
     elif arguments.quick:
         linear, logits = list(QUICK_LINEAR), list(QUICK_LOGITS)
     elif dtype == "bfloat16":
         linear = [(batch, *layer) for layer in BFLOAT16_LAYERS for batch in BATCHES if batch >= 64]
-    shapes = [("linear", shape) for shape in linear] + [("cross_entropy", shape) for shape in logits]
-    return [(op, shape, dtype) for op, shape in shapes if arguments.op in (op, "all")]
+    shapes = {"linear": linear, "cross_entropy": logits, "binary_cross_entropy": binary}
+    return [(op, shape, dtype) for op in shapes if arguments.op in (op, "all") for shape in shapes[op]]
 
 
 HEADER = (
@@ -344,7 +368,11 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "op", choices=("linear", "cross_entropy", "all", "train"), nargs="?", default="all", help="train: a whole epoch"
+        "op",
+        choices=("linear", "cross_entropy", "binary_cross_entropy", "all", "train"),
+        nargs="?",
+        default="all",
+        help="train: a whole epoch",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads, in turn")
     parser.add_argument(

@@ -11,8 +11,9 @@ export PYTHONPATH=$PWD
 "$python" -c 'import torch; print("torch", torch.__version__, "on", torch.cuda.get_device_name())'
 FORCE_CUDA=1 "$python" setup.py --quiet build_ext --inplace
 
-tests=(tests/test_linear_act.py tests/test_cross_entropy.py tests/test_ops.py tests/test_nn_linear.py
-  tests/test_nn_loss.py tests/test_nn_mlp.py tests/test_mlp.py tests/subsystems)
+tests=(tests/test_linear_act.py tests/test_cross_entropy.py tests/test_cross_entropy_probabilities.py
+  tests/test_z_loss.py tests/test_linear_cross_entropy.py tests/test_binary_cross_entropy.py tests/test_ops.py
+  tests/test_nn_linear.py tests/test_nn_loss.py tests/test_nn_mlp.py tests/test_mlp.py tests/subsystems)
 if "$python" -c 'import hypothesis' 2> /dev/null; then tests+=(tests/test_epoch.py); fi
 # The training tests need scikit-learn's digits.
 if "$python" -c 'import sklearn, tqdm, hypothesis' 2> /dev/null; then tests+=(tests/test_training.py); fi
@@ -23,7 +24,7 @@ if command -v compute-sanitizer > /dev/null; then
     echo "check_cuda: compute-sanitizer --tool $tool"
     log=build/compute-sanitizer-$tool.log
     compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits)' "${tests[@]:0:3}" > "$log" 2>&1 ||
+      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits)' "${tests[@]:0:4}" > "$log" 2>&1 ||
       { tail -n 60 "$log"; exit 1; }
     tail -n 3 "$log"
   done

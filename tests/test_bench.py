@@ -25,7 +25,7 @@ def result(tmp_path_factory):
 def test_every_shape_is_a_line_and_a_row(result):
     text, written, _ = result
     rows = written["rows"]
-    assert [row["op"] for row in rows] == ["linear"] * 6 + ["cross_entropy"] * 4
+    assert [row["op"] for row in rows] == ["linear"] * 6 + ["cross_entropy"] * 4 + ["binary_cross_entropy"] * 3
     for row in rows:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{row['shape']} ")]
         assert f"{row['microseconds']['ours']:.1f}" in line
@@ -45,7 +45,7 @@ def test_figures_follow_from_the_times(result):
     (row,) = [row for row in rows if row["shape"] == f"{batch} x {ins} -> {outs}"]
     rate = 1e-9 * 6 * batch * ins * outs / (1e-6 * row["microseconds"]["ours"])
     assert math.isclose(row["of peak"], rate / row["gflops"])
-    for op in ("linear", "cross_entropy"):
+    for op in ("linear", "cross_entropy", "binary_cross_entropy"):
         mean = statistics.geometric_mean(row["ratio"] for row in rows if row["op"] == op)
         assert f"geometric mean {mean:.2f} (limit " in text
 

@@ -35,7 +35,8 @@ def test_every_instruction_set(level):
     assert result.stdout.strip() == level
     folder = os.path.dirname(__file__)
     files = [
-        os.path.join(folder, f"test_{name}.py") for name in ("cpu_kernels", "linear_act", "cross_entropy", "epoch")
+        os.path.join(folder, f"test_{name}.py")
+        for name in ("cpu_kernels", "linear_act", "cross_entropy", "binary_cross_entropy", "epoch")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not cuda", *files]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(folder))
@@ -297,6 +298,14 @@ def visit_guarded_memory():
         z, bias = guarded(rows, classes, dtype=dtype), guarded(classes, dtype=dtype)
         output = guarded(rows, classes, dtype=dtype).copy_(forward(z, torch.eye(classes).to(dtype), bias, "sigmoid"))
         backward(logits, z, torch.eye(classes).to(dtype), output, "sigmoid", True, True, True)
+    binary, binary_backward = (
+        torch.ops.torch_mlp.binary_cross_entropy_with_logits,
+        torch.ops.torch_mlp._binary_cross_entropy_with_logits_backward,
+    )
+    for dtype, rows, cols in itertools.product([torch.float32, torch.bfloat16], [1, 17], [*lengths, 1025]):
+        x, y, w, p = (guarded(*shape, dtype=dtype) for shape in ((rows, cols), (rows, cols), (cols,), (rows, cols)))
+        binary(x, y, w, p, "none")
+        binary_backward(guarded(rows, cols, dtype=dtype), x, y, w, p, "none", True, True)
     print("all visited")
 
 

@@ -62,6 +62,24 @@ def cross_entropy_probabilities_backward_samples(device):
             yield torch.randn_like(loss), grad_lse, input, target, lse, reduction, *needs
 
 
+def binary_cross_entropy_samples(device):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for reduction in ("none", "mean", "sum"):
+            # The mean of nothing is NaN, which opcheck does not find equal to itself.
+            for shape in ((3, 5), (), (0, 5)) if reduction != "mean" else ((3, 5), ()):
+                tensors = [torch.randn(shape), torch.rand(shape), torch.rand(shape[-1:]), torch.rand(shape)]
+                input, target, weight, pos_weight = (tensor.to(device, dtype) for tensor in tensors)
+                yield input, target, None, None, reduction
+                yield input, target, weight, pos_weight, reduction
+
+
+def binary_cross_entropy_backward_samples(device):
+    for sample in binary_cross_entropy_samples(device):
+        loss = torch.ops.torch_mlp.binary_cross_entropy_with_logits(*sample)
+        for needs in ((True, True), (True, False), (False, True)):
+            yield torch.randn_like(loss), *sample, *needs
+
+
 def mlp_samples(device):
     for dtype in (torch.float64, torch.bfloat16):
         for activation in torch_mlp.functional.ACTIVATIONS:
@@ -99,13 +117,35 @@ def train_epoch_samples(device):
         yield pixels, labels, order, [one, two], [bias, none], [], *rest, bfloat16
 
 
+def linear_cross_entropy_samples(device):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for reduction in ("none", "mean", "sum"):
+            for maybe, smoothing in ((None, 0.0), (torch.rand(5), 0.1)):
+                tensors = [torch.randn(3, 4), torch.randn(5, 4), maybe, maybe]
+                input, matrix, bias, weight = (None if t is None else t.to(device, dtype) for t in tensors)
+                target = torch.tensor([4, -100, 0], device=device)
+                for needs in ((True, True, bias is not None), (False, True, False), (False, False, False)):
+                    yield input, matrix, bias, target, weight, reduction, -100, smoothing, *needs
+
+
+def linear_cross_entropy_backward_samples(device):
+    for sample in linear_cross_entropy_samples(device):
+        loss, lse, total_weight, *_ = torch.ops.torch_mlp.linear_cross_entropy(*sample)
+        for grad_lse in (None, torch.randn_like(lse[0])):
+            yield torch.randn_like(loss), grad_lse, *sample[:5], lse, total_weight, *sample[5:]
+
+
 SAMPLES = {
+    "binary_cross_entropy_with_logits": binary_cross_entropy_samples,
+    "_binary_cross_entropy_with_logits_backward": binary_cross_entropy_backward_samples,
     "linear_act": linear_act_samples,
     "_linear_act_backward": linear_act_backward_samples,
     "cross_entropy": cross_entropy_samples,
     "_cross_entropy_backward": cross_entropy_backward_samples,
     "cross_entropy_probabilities": cross_entropy_probabilities_samples,
     "_cross_entropy_probabilities_backward": cross_entropy_probabilities_backward_samples,
+    "linear_cross_entropy": linear_cross_entropy_samples,
+    "_linear_cross_entropy_backward": linear_cross_entropy_backward_samples,
     "mlp": mlp_samples,
     "_mlp_backward": mlp_backward_samples,
     "_train_epoch": train_epoch_samples,

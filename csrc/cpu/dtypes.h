@@ -33,6 +33,16 @@ const auto& softmax_kernels() {
   }
 }
 
+template <typename scalar_t>
+const auto& logistic_kernels() {
+  static_assert(has_vector_kernels<scalar_t>);
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return kernels().logistic_float;
+  } else {
+    return kernels().logistic_bfloat16;
+  }
+}
+
 // A pointer as the vector kernels take it.
 inline const float* bits_of(const float* pointer) { return pointer; }
 inline float* bits_of(float* pointer) { return pointer; }

@@ -1,10 +1,10 @@
 // The vector kernels of the CPU: what the ops call through raw pointers, once for each instruction set.
 //
 // level_default.cpp, level_avx2.cpp, level_avx512.cpp and level_avx512_bf16.cpp compile the same sources (vector.h,
-// elementwise.h, dots.h, gemm.h, softmax.h, peak.h) for one instruction set each, in a namespace of its own; kernels()
-// gives the table of the best one that the processor has. Those files include no header of torch and no function of the
-// standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be one that only
-// some processors can run.
+// elementwise.h, dots.h, gemm.h, softmax.h, logistic.h, peak.h) for one instruction set each, in a namespace of its
+// own; kernels() gives the table of the best one that the processor has. Those files include no header of torch and no
+// function of the standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be
+// one that only some processors can run.
 #pragma once
 
 #include <cstdint>
@@ -107,6 +107,21 @@ struct SoftmaxKernels {
                    const float* at_label);
 };
 
+// Binary cross-entropy of count logits, see logistic.h; weight and pos_weight are 1 where they are null.
+template <typename T>
+struct LogisticLoss {
+  const T *x, *y, *weight, *pos_weight;
+  int64_t count;
+};
+
+template <typename T>
+struct LogisticKernels {
+  // The sum of the losses, each of which also goes to loss where that is not null.
+  double (*loss)(const LogisticLoss<T>&, T* loss);
+  // scale * grad_output times the derivatives by x and by y, each where it is not null; grad_output is 1 where it is.
+  void (*gradient)(const LogisticLoss<T>&, const T* grad_output, float scale, T* grad_x, T* grad_y);
+};
+
 // A step of stochastic gradient descent: velocity = momentum * velocity + (gradient + weight_decay * value), and value
 // moves by -lr times that; without velocity by -lr times the parenthesis.
 struct SgdStep {
@@ -167,6 +182,8 @@ struct Kernels {
   // log_sum[i] = log(sum[i]), loss[i] = log_sum[i] + (maximum[i] - at_label[i]), or 0 where label[i] is -1
   void (*losses)(const float* maximum, const float* sum, const float* at_label, const int64_t* label, int64_t count,
                  float* log_sum, double* loss);
+  LogisticKernels<float> logistic_float;
+  LogisticKernels<bfloat16_bits> logistic_bfloat16;
 
   PixelKernels pixels;
   // y = scale * x + shift

@@ -23,6 +23,7 @@ TORCH_MLP_PUSH_TARGET(TORCH_MLP_TARGET)
 
 #include "elementwise.h"
 #include "gemm.h"
+#include "logistic.h"
 #include "peak.h"
 #include "pixels.h"
 #include "softmax.h"
@@ -42,6 +43,8 @@ const Kernels kernels{
     {statistics<bfloat16_bits>, deficit<bfloat16_bits>, gradient<bfloat16_bits>},
     labels,
     losses,
+    {logistic_loss<float>, logistic_gradient<float>},
+    {logistic_loss<bfloat16_bits>, logistic_gradient<bfloat16_bits>},
     {kMostPanelVectors * kLanes, pack_transposed<float>, unpack_panel, transpose_bytes, sum_of_bytes, pixels_forward,
      finish_pixels, pixels_update},
     normalize<uint8_t>,

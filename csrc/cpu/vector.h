@@ -369,7 +369,7 @@ TORCH_MLP_INLINE vec log(vec x) {
 
 // --- activations, as in ../activation.h ---
 
-// 1 / x for x from 1 to 2.
+// 1 / x for x from 1 to 4.
 TORCH_MLP_INLINE vec reciprocal(vec x) {
 #if TORCH_MLP_LANES == 16
   const vec guess = (vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);  // of 14 bits, which a step of Newton's doubles

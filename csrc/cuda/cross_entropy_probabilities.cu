@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_cuda(const Tensor& input,
       });
     }
     if (!is_none) {
-      row_sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(of_rows.const_data_ptr<double>(), losses, rows,
-                                                           reduce == Reduction::Mean ? double(classes ? rows : 0) : 1.0);
+      row_sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(
+          of_rows.const_data_ptr<double>(), losses, rows, reduce == Reduction::Mean ? double(classes ? rows : 0) : 1.0);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });

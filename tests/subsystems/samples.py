@@ -120,6 +120,99 @@ def cross_entropy(weighted: bool, **options):
     return make
 
 
+def probabilities(reduction: str, **options):
+    def make(device, dtype, batch):
+        target = torch.rand(batch, CLASSES, dtype=torch.float64).to(device, dtype)
+        return Sample(
+            lambda *tensors: functional.cross_entropy(*tensors, reduction=reduction, **options),
+            lambda *tensors: torch_functional.cross_entropy(*tensors, reduction=reduction, **options),
+            [normal(device, dtype, batch, CLASSES).requires_grad_(), target.requires_grad_()],
+            [],
+            (0, 1),
+        )
+
+    return make
+
+
+def with_z_loss(device, dtype, batch):
+    def ours(input, target):
+        loss, lse = functional.cross_entropy(input, target, reduction="sum", return_lse=True, z_loss=0.1)
+        return loss + lse.sum().to(loss.dtype)
+
+    def torchs(input, target):
+        lse = input.logsumexp(1).where(target != -100, 0)
+        return torch_functional.cross_entropy(input, target, reduction="sum") + (0.1 * lse.square() + lse).sum()
+
+    input = normal(device, dtype, batch, CLASSES).requires_grad_()
+    return Sample(ours, torchs, [input], [targets(device, batch)], (0, 1))
+
+
+def linear_cross_entropy(bias: bool, weighted: bool, **options):
+    def make(device, dtype, batch):
+        def arguments(input, matrix, *rest):
+            linear_bias, (target, *weight) = (rest[0], rest[1:]) if bias else (None, rest)
+            return input, matrix, linear_bias, target, weight[0] if weighted else None
+
+        def ours(*tensors):
+            input, matrix, linear_bias, target, weight = arguments(*tensors)
+            return functional.linear_cross_entropy(
+                input, matrix, target, linear_bias=linear_bias, weight=weight, **options
+            )
+
+        def torchs(*tensors):
+            input, matrix, linear_bias, target, weight = arguments(*tensors)
+            logits = torch_functional.linear(input, matrix, linear_bias)
+            return torch_functional.cross_entropy(logits, target, weight, **options)
+
+        shapes = [(batch, IN), (CLASSES, IN)] + [(CLASSES,)] * bias
+        weight = [torch.rand(CLASSES, dtype=torch.float64).to(device, dtype)] * weighted
+        inputs = [normal(device, dtype, *shape).requires_grad_() for shape in shapes]
+        return Sample(ours, torchs, inputs, [targets(device, batch), *weight], (0, len(shapes)))
+
+    return make
+
+
+def binary_target(device, dtype, *shape):
+    return torch.rand(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+
+def binary_cross_entropy(weighted: bool, **options):
+    def make(device, dtype, batch):
+        weights = [torch.rand(CLASSES, dtype=torch.float64).to(device, dtype) for _ in range(2)] * weighted
+
+        def call(function):
+            def called(input, target, *weights):
+                weight, pos_weight = weights or (None, None)
+                return function(input, target, weight, pos_weight=pos_weight, **options)
+
+            return called
+
+        return Sample(
+            call(functional.binary_cross_entropy_with_logits),
+            call(torch_functional.binary_cross_entropy_with_logits),
+            [normal(device, dtype, batch, CLASSES).requires_grad_(), binary_target(device, dtype, batch, CLASSES)],
+            weights,
+            (0, 1),
+        )
+
+    return make
+
+
+def linear_binary_cross_entropy(outs: int, **options):
+    def make(device, dtype, batch):
+        def ours(input, matrix, bias, target):
+            return functional.linear_binary_cross_entropy(input, matrix, target, linear_bias=bias, **options)
+
+        def torchs(input, matrix, bias, target):
+            logits = torch_functional.linear(input, matrix, bias)
+            return torch_functional.binary_cross_entropy_with_logits(logits, target, **options)
+
+        inputs = [normal(device, dtype, *shape).requires_grad_() for shape in ((batch, IN), (outs, IN), (outs,))]
+        return Sample(ours, torchs, [*inputs, binary_target(device, dtype, batch, outs)], [], (0, 3))
+
+    return make
+
+
 Make = Callable[[str, torch.dtype, int], Sample]
 
 
@@ -144,7 +237,28 @@ OPS: dict[str, dict[str, Make]] = {
         "tanh": mlp_cross_entropy("tanh"),
         "relu, label_smoothing=0.1": mlp_cross_entropy("relu", label_smoothing=0.1),
     },
-    "cross_entropy": dict(cross_entropy_options()),
+    "cross_entropy": {
+        **dict(cross_entropy_options()),
+        "probabilities, reduction=none": probabilities("none"),
+        "probabilities, reduction=mean, label_smoothing=0.1": probabilities("mean", label_smoothing=0.1),
+        "return_lse, z_loss": with_z_loss,
+    },
+    "linear_cross_entropy": {
+        "bias, reduction=mean": linear_cross_entropy(True, False),
+        "bias, weight, reduction=sum, label_smoothing=0.1": linear_cross_entropy(
+            True, True, reduction="sum", label_smoothing=0.1
+        ),
+        "no bias, weight, reduction=none": linear_cross_entropy(False, True, reduction="none"),
+    },
+    "binary_cross_entropy_with_logits": {
+        "reduction=mean": binary_cross_entropy(False),
+        "weight, pos_weight, reduction=sum": binary_cross_entropy(True, reduction="sum"),
+        "weight, pos_weight, reduction=none": binary_cross_entropy(True, reduction="none"),
+    },
+    "linear_binary_cross_entropy": {
+        "one output, reduction=mean": linear_binary_cross_entropy(1),
+        "several outputs, reduction=none": linear_binary_cross_entropy(3, reduction="none"),
+    },
 }
 
 
@@ -205,6 +319,25 @@ def loss_layer(**options):
     )
 
 
+def binary_loss(**options):
+    return layer(
+        lambda: nn.BCEWithLogitsLoss(**options),
+        lambda: torch.nn.BCEWithLogitsLoss(**options),
+        lambda device, dtype: (normal(device, dtype, 6, CLASSES), binary_target(device, dtype, 6, CLASSES).detach()),
+    )
+
+
+class StockLinearCrossEntropy(torch.nn.Module):
+    """torch.nn.LinearCrossEntropyLoss, which not every torch that we support has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(IN, CLASSES)
+
+    def forward(self, input, target):
+        return torch_functional.cross_entropy(self.linear(input), target)
+
+
 LAYERS: dict[str, dict[str, Callable[[str, torch.dtype], LayerSample]]] = {
     "LinearAct": {activation: linear_layer(activation) for activation in functional.ACTIVATIONS},
     "LinearSigmoid": {
@@ -215,6 +348,17 @@ LAYERS: dict[str, dict[str, Callable[[str, torch.dtype], LayerSample]]] = {
         )
     },
     "CrossEntropyLoss": {"": loss_layer(), "weight, label_smoothing": loss_layer(label_smoothing=0.1)},
+    "BCEWithLogitsLoss": {
+        "": binary_loss(),
+        "pos_weight": binary_loss(pos_weight=torch.tensor([0.5, 2.0, 1.0])),
+    },
+    "LinearCrossEntropyLoss": {
+        "": layer(
+            lambda: nn.LinearCrossEntropyLoss(IN, CLASSES, bias=True),
+            StockLinearCrossEntropy,
+            lambda device, dtype: (*rows(device, dtype), targets(device, 6)),
+        )
+    },
     "MLP": {activation: network(activation) for activation in ("sigmoid", "relu")},
 }
 

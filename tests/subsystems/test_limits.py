@@ -15,7 +15,9 @@ def changed(sample, change):
 @every_op
 def test_sparse_tensors(device, op):
     sample = op(device, torch.float64, 5)
-    with pytest.raises(NotImplementedError, match=r"Could not run 'torch_mlp::\w+' with arguments from the 'Sparse"):
+    # Where targets are smoothed first, torch's addition is what fails.
+    sentence = r"Could not run 'torch_mlp::\w+' with arguments from the 'Sparse|add\(sparse, dense\) is not supported"
+    with pytest.raises((NotImplementedError, RuntimeError), match=sentence):
         sample.ours(*changed(sample, torch.Tensor.to_sparse))
 
 
@@ -24,8 +26,13 @@ def test_sparse_tensors(device, op):
 @every_op
 def test_dtypes(device, op, dtype):
     sample = op(device, torch.float64, 5)
-    sentence = r": expected input of dtype Double, Float, BFloat16 or Half, got (ComplexFloat|Int|Float8_e4m3fn)"
-    with pytest.raises(RuntimeError, match=sentence):
+    kinds = (
+        "dtype Double, Float, BFloat16 or Half|a floating-point dtype|class probabilities, since target has the shape"
+    )
+    sentence = rf": expected (input of )?({kinds}).* got (torch\.)?(complex64|int32|ComplexFloat|Int|Float8_e4m3fn)"
+    # An 8-bit target is smoothed first, which torch refuses.
+    sentence += "|not implemented for 'Float8_e4m3fn'|Promotion for Float8"
+    with pytest.raises((RuntimeError, NotImplementedError), match=sentence):
         sample.ours(*changed(sample, lambda tensor: tensor.to(dtype)))
 
 
@@ -37,9 +44,9 @@ def test_double_backward_of_what_was_compiled(device, op):
     sample = op(device, torch.float32, 5)
     output = torch.compile(sample.ours, backend="aot_eager", fullgraph=True)(*sample.inputs, *sample.others)
     grads = torch.autograd.grad(output, sample.inputs, torch.randn_like(output), create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"torch.compile with aot_autograd does not currently support double backward"
-    ):
+    # The gradients of a loss that is linear in what comes in know nothing more of the inputs.
+    sentence = "aot_autograd does not currently support double backward|appears to not have been used in the graph"
+    with pytest.raises(RuntimeError, match=sentence):
         torch.autograd.grad(sum(grad.square().sum() for grad in grads), sample.inputs)
 
 

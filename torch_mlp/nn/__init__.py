@@ -1,7 +1,7 @@
 """Layers and models as ``torch.nn.Module``s: drop-in twins of torch's own, over :mod:`torch_mlp.functional`."""
 
 from torch_mlp.nn.linear import LinearAct, LinearSigmoid
-from torch_mlp.nn.loss import CrossEntropyLoss
+from torch_mlp.nn.loss import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 from torch_mlp.nn.mlp import MLP
 
-__all__ = ["MLP", "CrossEntropyLoss", "LinearAct", "LinearSigmoid"]
+__all__ = ["MLP", "BCEWithLogitsLoss", "CrossEntropyLoss", "LinearAct", "LinearCrossEntropyLoss", "LinearSigmoid"]

@@ -32,7 +32,11 @@ def _load_library() -> None:
 
 _load_library()
 
-from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse  # noqa: E402 - the library comes first
+from torch_mlp.ops.binary_cross_entropy import (  # noqa: E402 - the library comes first
+    binary_cross_entropy,
+    linear_binary_cross_entropy,
+)
+from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse  # noqa: E402
 from torch_mlp.ops.cross_entropy_probabilities import cross_entropy_probabilities  # noqa: E402
 from torch_mlp.ops.linear_act import ACTIVATIONS, linear_act  # noqa: E402
 from torch_mlp.ops.linear_cross_entropy import linear_cross_entropy  # noqa: E402
@@ -52,12 +56,14 @@ def cpu_capability() -> str:
 
 __all__ = [
     "ACTIVATIONS",
+    "binary_cross_entropy",
     "cpu_capability",
     "cross_entropy",
     "cross_entropy_probabilities",
     "cross_entropy_with_lse",
     "has_cuda_kernels",
     "linear_act",
+    "linear_binary_cross_entropy",
     "linear_cross_entropy",
     "mlp",
     "mlp_cross_entropy",

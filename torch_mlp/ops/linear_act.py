@@ -142,6 +142,22 @@ class LinearActBackward(torch.autograd.Function):
         return grad_grad_z * derivative, grad_of_input, grad_of_weight, grad_of_output, None, None
 
 
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    output: Tensor,
+    activation: str,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The backward pass; only where its result is to be differentiated again need its computation be recorded."""
+    if torch.is_grad_enabled() or in_transform():
+        differentiable = reference_backward if in_transform() else LinearActBackward.apply
+        return differentiable(grad_output, input, weight, output, activation, needs_grad)
+    grads = backward_op(grad_output, input, weight, output, activation, *needs_grad)
+    return grads if all(needs_grad) else only_needed(grads, needs_grad)
+
+
 class LinearAct(torch.autograd.Function):
     """The fused forward pass; its backward pass is LinearActBackward."""
 
@@ -157,13 +173,7 @@ class LinearAct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias, each only where it is needed."""
         input, weight, output = ctx.saved_tensors
-        needs_grad = ctx.needs_input_grad[:3]
-        # Only where the gradients are to be differentiated again need their computation be recorded.
-        if torch.is_grad_enabled() or in_transform():
-            backward = reference_backward if in_transform() else LinearActBackward.apply
-            return *backward(grad_output, input, weight, output, ctx.activation, needs_grad), None
-        grads = backward_op(grad_output, input, weight, output, ctx.activation, *needs_grad)
-        return *(grads if all(needs_grad) else only_needed(grads, needs_grad)), None
+        return *backward(grad_output, input, weight, output, ctx.activation, ctx.needs_input_grad[:3]), None
 
 
 def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -1,7 +1,6 @@
-"""The ops with the signatures of ``torch.nn.functional``: values, gradients of any order, ``torch.compile``."""
+"""Softmax cross-entropy, of logits and of a linear layer's output."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,151 +8,8 @@ from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
 from torch_mlp import ops
-from torch_mlp.ops import ACTIVATIONS
-
-__all__ = [
-    "ACTIVATIONS",
-    "cross_entropy",
-    "linear_act",
-    "linear_cross_entropy",
-    "linear_sigmoid",
-    "mlp",
-    "mlp_cross_entropy",
-]
-
-
-def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "sigmoid") -> Tensor:
-    r"""Apply a linear map and an activation in one op: ``activation(input @ weight.T + bias)``.
-
-    Stands for ``torch.sigmoid(torch.nn.functional.linear(input, weight, bias))`` and the like. The backward pass needs
-    the output, not the pre-activation, so the latter is never stored.
-
-    Args:
-        input: the values to map.
-        weight: the matrix of the linear map.
-        bias: added to every row of the product, if given.
-        activation: "identity", "sigmoid", "tanh" or "relu" (whose derivative at 0 is 0, as in torch).
-
-    Shape:
-        - input: :math:`(*, in\_features)`, any leading dimensions, float64, float32, bfloat16 or float16
-        - weight: :math:`(out\_features, in\_features)`, of the dtype and device of input
-        - bias: :math:`(out\_features)`, of the dtype and device of input
-
-    Returns:
-        A tensor of shape :math:`(*, out\_features)`, of the dtype of input. 16-bit dtypes are accumulated in float32.
-
-    Raises:
-        ValueError: if the activation is not known.
-        RuntimeError: if a shape, dtype or device does not fit.
-
-    Example:
-        >>> input, weight, bias = torch.randn(64, 784), torch.randn(512, 784), torch.randn(512)
-        >>> linear_act(input, weight, bias, "tanh").shape
-        torch.Size([64, 512])
-
-    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 5.1.
-    """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"linear_act: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if _is_autocasting(input):
-        input, weight, bias = _autocast(None, input, weight, bias)
-    return ops.linear_act(input, weight, bias, activation)
-
-
-def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a linear map and the sigmoid in one op: :func:`linear_act` with ``activation="sigmoid"``.
-
-    Example:
-        >>> linear_sigmoid(torch.zeros(1, 3), torch.ones(2, 3))
-        tensor([[0.5000, 0.5000]])
-    """
-    return linear_act(input, weight, bias, "sigmoid")
-
-
-def mlp(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str = "sigmoid"
-) -> Tensor:
-    r"""Apply all layers of a multilayer perceptron as one op and one autograd node; gives logits.
-
-    Stands for :func:`linear_act` once for each layer, with the activation but for the last. The parameters' gradients
-    come as usual, so that any optimizer works.
-
-    Args:
-        input: the values to map.
-        weights: the weight of each layer.
-        biases: the bias of each layer, or None.
-        activation: of the hidden layers: "identity", "sigmoid", "tanh" or "relu".
-
-    Shape:
-        - input: :math:`(*, in\_features)`, any leading dimensions, float64, float32, bfloat16 or float16
-        - weights: :math:`(out\_features, in\_features)` of each layer, of the dtype and device of input
-        - biases: :math:`(out\_features)` of each layer
-
-    Returns:
-        A tensor of shape :math:`(*, out\_features)` of the last layer, of the dtype of input.
-
-    Raises:
-        ValueError: if the activation is not known, or there are not as many biases as weights, or none.
-        RuntimeError: if a shape, dtype or device does not fit.
-
-    Example:
-        >>> input, weights = torch.rand(64, 784), [torch.randn(512, 784), torch.randn(10, 512)]
-        >>> mlp(input, weights, [torch.zeros(512), None], "relu").shape
-        torch.Size([64, 10])
-
-    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 5.1.
-    """
-    input, parameters = _check_mlp("mlp", input, weights, biases, activation)
-    return ops.mlp(input, parameters, activation)
-
-
-def mlp_cross_entropy(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    target: Tensor,
-    activation: str = "sigmoid",
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    r"""The loss of a multilayer perceptron as one autograd node: :func:`cross_entropy` of what :func:`mlp` gives.
-
-    Args:
-        input: the values to map, :math:`(N, in\_features)`.
-        weights: see :func:`mlp`.
-        biases: see :func:`mlp`.
-        target: for each row the index of its class, or ``ignore_index``, :math:`(N)`; or probabilities :math:`(N, C)`.
-        activation: see :func:`mlp`.
-        weight: see :func:`cross_entropy`, as all that follow.
-        ignore_index: rows with this target have loss 0 and gradient 0.
-        reduction: "none", "mean" or "sum".
-        label_smoothing: the share of each target that is spread over all classes.
-
-    Returns:
-        A tensor of the dtype of input and of shape :math:`(N)` for reduction "none", otherwise :math:`()`.
-
-    Raises:
-        The errors of :func:`mlp` and :func:`cross_entropy`.
-
-    Example:
-        >>> weights = [torch.randn(512, 784), torch.randn(10, 512)]
-        >>> mlp_cross_entropy(torch.rand(64, 784), weights, [None, None], torch.randint(10, (64,))).shape
-        torch.Size([])
-
-    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, sections 5.1 and 5.2.
-    """
-    # Autocast computes the loss in float32, which is another dtype than that of the layers.
-    if input.dim() != 2 or target.dim() == 2 or _is_autocasting(input):
-        logits = mlp(input, weights, biases, activation)
-        return cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    input, parameters = _check_mlp("mlp_cross_entropy", input, weights, biases, activation)
-    _check_reduction("mlp_cross_entropy", reduction)
-    target = _check_classes("mlp_cross_entropy", target, weight)
-    return ops.mlp_cross_entropy(
-        input, parameters, target, activation, weight, reduction, ignore_index, label_smoothing
-    )
+from torch_mlp.functional.arguments import autocast, check_reduction, is_autocasting
+from torch_mlp.functional.linear_act import linear_act
 
 
 def cross_entropy(
@@ -222,16 +78,16 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch_reduction.legacy_get_string(size_average, reduce)
-    _check_reduction("cross_entropy", reduction)
+    check_reduction("cross_entropy", reduction)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: expected input of shape (C), (N, C) or (N, C, d1, ...), got ()")
     holds_probabilities = target.dim() == input.dim() and target.shape == input.shape
     if holds_probabilities:
         _check_probabilities("cross_entropy", target, ignore_index)
     else:
-        target = _check_classes("cross_entropy", target, weight)
-    if _is_autocasting(input):
-        input, weight = _autocast(torch.float32, input, weight)
+        target = check_classes("cross_entropy", target, weight)
+    if is_autocasting(input):
+        input, weight = autocast(torch.float32, input, weight)
 
     # Rows of classes, from (C) or (N, C, d1, ...), and their targets in the same order.
     rows, shape = input, input.shape[:1]
@@ -319,7 +175,7 @@ def linear_cross_entropy(
     Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.4.
     """
     op = "linear_cross_entropy"
-    _check_reduction(op, reduction)
+    check_reduction(op, reduction)
     if input.dim() not in (1, 2):
         raise RuntimeError(f"{op}: expected input of shape (N, in_features) or (in_features), got {tuple(input.shape)}")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
@@ -337,8 +193,8 @@ def linear_cross_entropy(
     if holds_probabilities and ignore_index is not None:
         raise RuntimeError(f"{op}: expected no ignore_index with class probabilities, got {ignore_index}")
     ignore_index = -100 if ignore_index is None else ignore_index
-    is_autocasting = _is_autocasting(input)
-    if holds_probabilities or linear_weight.dim() > 2 or (is_autocasting and weight is not None):
+    casts = is_autocasting(input)
+    if holds_probabilities or linear_weight.dim() > 2 or (casts and weight is not None):
         matrix, bias = (
             linear_weight.reshape(-1, input.shape[-1]),
             None if linear_bias is None else linear_bias.flatten(),
@@ -353,11 +209,11 @@ def linear_cross_entropy(
             return_lse=return_lse,
             z_loss=z_loss,
         )
-    target = _check_classes(op, target, weight)
+    target = check_classes(op, target, weight)
     # Autocast computes the products in 16 bits and the loss in float32.
-    dtype = torch.promote_types(input.dtype, torch.float32) if is_autocasting else input.dtype
-    if is_autocasting:
-        input, linear_weight, linear_bias = _autocast(None, input, linear_weight, linear_bias)
+    dtype = torch.promote_types(input.dtype, torch.float32) if casts else input.dtype
+    if casts:
+        input, linear_weight, linear_bias = autocast(None, input, linear_weight, linear_bias)
     rows, of_rows = (input.unsqueeze(0), target.reshape(-1)) if input.dim() == 1 else (input, target)
     result = ops.linear_cross_entropy(
         rows,
@@ -379,12 +235,7 @@ def linear_cross_entropy(
     return (loss, lse.reshape(input.shape[:-1])) if return_lse else loss
 
 
-def _check_reduction(op: str, reduction: str) -> None:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{op}: expected reduction to be one of none, mean, sum, got {reduction!r}")
-
-
-def _check_classes(op: str, target: Tensor, weight: Tensor | None) -> Tensor:
+def check_classes(op: str, target: Tensor, weight: Tensor | None) -> Tensor:
     """The classes as the ops take them."""
     if target.is_floating_point():
         raise RuntimeError(
@@ -434,31 +285,3 @@ def _of_probabilities(
 
 def _reduce(of_rows: Tensor, total_weight: Tensor | float, reduction: str) -> Tensor:
     return of_rows if reduction == "none" else of_rows.sum() / (total_weight if reduction == "mean" else 1)
-
-
-def _check_mlp(
-    op: str, input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The input and the parameters as the ops take them: weight, bias, weight, bias, ..."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if not weights or len(weights) != len(biases):
-        raise ValueError(
-            f"{op}: expected a weight and a bias, or None, for each layer, got {len(weights)} and {len(biases)}"
-        )
-    parameters = [parameter for layer in zip(weights, biases, strict=True) for parameter in layer]
-    if _is_autocasting(input):
-        input, *parameters = _autocast(None, input, *parameters)
-    return input, tuple(parameters)
-
-
-def _is_autocasting(input: Tensor) -> bool:
-    # What input.device.type would say takes as long as all the rest of a call.
-    return torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu") and not input.is_meta
-
-
-def _autocast(dtype: torch.dtype | None, input: Tensor, *others: Tensor | None) -> list[Any]:
-    """The tensors as torch.autocast hands them to an op: float32 and below in dtype, None being autocast's own."""
-    dtype = dtype or torch.get_autocast_dtype(input.device.type)
-    eligible = (torch.float32, torch.bfloat16, torch.float16)
-    return [t if t is None or t.dtype not in eligible else t.to(dtype) for t in (input, *others)]
