@@ -32,6 +32,7 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
         RuntimeError: if a shape, dtype or device does not fit.
 
     Example:
+        >>> import torch
         >>> input, weight, bias = torch.randn(64, 784), torch.randn(512, 784), torch.randn(512)
         >>> linear_act(input, weight, bias, "tanh").shape
         torch.Size([64, 512])
@@ -49,6 +50,7 @@ def linear_sigmoid(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """Apply a linear map and the sigmoid in one op: :func:`linear_act` with ``activation="sigmoid"``.
 
     Example:
+        >>> import torch
         >>> linear_sigmoid(torch.zeros(1, 3), torch.ones(2, 3))
         tensor([[0.5000, 0.5000]])
     """

@@ -37,6 +37,7 @@ def mlp(
         RuntimeError: if a shape, dtype or device does not fit.
 
     Example:
+        >>> import torch
         >>> input, weights = torch.rand(64, 784), [torch.randn(512, 784), torch.randn(10, 512)]
         >>> mlp(input, weights, [torch.zeros(512), None], "relu").shape
         torch.Size([64, 10])
@@ -78,6 +79,7 @@ def mlp_cross_entropy(
         The errors of :func:`mlp` and :func:`cross_entropy`.
 
     Example:
+        >>> import torch
         >>> weights = [torch.randn(512, 784), torch.randn(10, 512)]
         >>> mlp_cross_entropy(torch.rand(64, 784), weights, [None, None], torch.randint(10, (64,))).shape
         torch.Size([])
