@@ -26,9 +26,10 @@ from typing import Any
 # Threads that wait by spinning stop each other on a machine that is shared, see train_mnist.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import bench_linear_cross_entropy
 import bench_train
 import torch
-from torch.utils.benchmark import Timer
+from bench_timing import error_ratio, forward, forward_backward, medians, multiply_adds
 from tqdm import tqdm
 
 import torch_mlp
@@ -50,58 +51,6 @@ CUDA_LOGITS = ((64, 10), (65536, 10), (16384, 1000), (8192, 32000), (4096, 12825
 def eager_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """What linear_sigmoid stands for."""
     return torch.sigmoid(torch.nn.functional.linear(input, weight, bias))
-
-
-def forward_backward(function: Callable, inputs: list[torch.Tensor], grad_output: torch.Tensor) -> Callable[[], None]:
-    """A step of training without the update."""
-
-    def step() -> None:
-        torch.autograd.grad(function(*inputs), inputs, grad_output)
-
-    return step
-
-
-def forward(function: Callable, inputs: list[torch.Tensor]) -> Callable[[], None]:
-    """The forward pass without autograd."""
-    inputs = [input.detach() for input in inputs]
-    return lambda: function(*inputs)
-
-
-def multiply_adds(rounds: int = 1_000_000) -> int:
-    """Some milliseconds of multiplications and additions on every thread; returns their number."""
-    return torch.ops.torch_mlp._cpu_multiply_adds(torch.get_num_threads(), rounds)
-
-
-def medians(steps: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, float]:
-    """Seconds of each step: the median over turns in which each runs for about so many seconds."""
-    timers, counts = {}, {}
-    for name, step in steps.items():
-        timers[name] = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        timers[name].timeit(2)
-        counts[name] = max(1, round(seconds / timers[name].timeit(2).mean))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(turns):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(counts[name]).mean)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def error_ratio(ours: Callable, eager: Callable, inputs: list[torch.Tensor], grad_output: torch.Tensor) -> float:
-    """Our root mean square error against float64 over eager's, the worst of the output and the gradients."""
-
-    def values(function: Callable, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [input.detach().to(dtype).requires_grad_() for input in inputs]
-        output = function(*leaves)
-        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
-
-    dtype = inputs[0].dtype
-    worst = 0.0
-    for our, their, truth in zip(values(ours, dtype), values(eager, dtype), values(eager, torch.float64), strict=True):
-        # Below a tenth of a unit in the last place a comparison is one of luck.
-        luck = 0.1 * torch.finfo(dtype).eps * truth.square().mean().sqrt()
-        error, eager_error = ((value.double() - truth).square().mean().sqrt() for value in (our, their))
-        worst = max(worst, float(error / (eager_error + luck)))
-    return worst
 
 
 class Case:
@@ -369,10 +318,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "op",
-        choices=("linear", "cross_entropy", "binary_cross_entropy", "all", "train"),
+        choices=("linear", "cross_entropy", "binary_cross_entropy", "linear_cross_entropy", "all", "train"),
         nargs="?",
         default="all",
-        help="train: a whole epoch",
+        help="linear_cross_entropy: the loss of a linear layer, with memory; train: a whole epoch; both not among all",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads, in turn")
     parser.add_argument(
@@ -396,6 +345,11 @@ def main() -> None:
     if arguments.op == "train":
         rows = bench_train.run(arguments.threads, arguments.data_dir, min(arguments.turns, 5), arguments.quick)
         write(arguments.json, rows)
+        return
+    if arguments.op == "linear_cross_entropy":
+        write(
+            arguments.json, bench_linear_cross_entropy.run(arguments.threads, min(arguments.turns, 7), arguments.quick)
+        )
         return
     print("microseconds, medians; ratio: the better of eager and compile over ours; error: ours over eager's\n")
 
