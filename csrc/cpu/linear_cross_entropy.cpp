@@ -9,8 +9,9 @@
 // where lse has a gradient, the backward pass computes z anew. Memory beyond results: kChunkBytes for each class or
 // kCacheBytes, whichever is more; and for 16-bit dtypes gW in float, in which the chunks' are summed. The loss of those
 // is in float too. Threads: those of the products and of the softmax, see linear_act.cpp and cross_entropy_rows.h.
-#include "../linear_act.h"
+#include "../linear_cross_entropy.h"
 
+#include "../linear_act.h"
 #include "cross_entropy_rows.h"
 #include "scratch.h"
 
@@ -21,29 +22,6 @@ namespace {
 // cache.
 constexpr int64_t kChunkBytes = 1 << 10;
 constexpr int64_t kCacheBytes = 1 << 20;
-
-struct Needs {
-  bool input, weight, bias;
-  bool any() const { return input || weight || bias; }
-};
-
-// What both passes work on.
-struct Arguments {
-  Tensor input, linear_weight;
-  std::optional<Tensor> linear_bias;
-  Tensor target;
-  std::optional<Tensor> weight;
-};
-
-Arguments contiguous_arguments(const Tensor& input, const Tensor& linear_weight,
-                               const std::optional<Tensor>& linear_bias, const Tensor& target,
-                               const std::optional<Tensor>& weight) {
-  const auto contiguous = [](const std::optional<Tensor>& self) {
-    return self ? std::optional(as_contiguous(*self)) : std::nullopt;
-  };
-  return {as_contiguous(input), as_contiguous(linear_weight), contiguous(linear_bias), as_contiguous(target),
-          contiguous(weight)};
-}
 
 // The gradients, to which chunks of rows add.
 template <typename scalar_t>
