@@ -14,16 +14,8 @@
 #include "../cross_entropy.h"
 
 #include "cross_entropy_rows.h"
-#include "scratch.h"
 
 namespace torch_mlp {
-namespace {
-
-// A result of this size comes fresh from the system each time, page by page. With large pages it comes in a third of
-// the time.
-constexpr size_t kFreshBytes = 2 << 20;
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_cpu(const Tensor& input, const Tensor& target,
                                                      const std::optional<Tensor>& weight, const std::string& reduction,
@@ -75,10 +67,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const std::optional
   const Tensor y = as_contiguous(target);
   const int64_t* labels = y.const_data_ptr<int64_t>();
 
-  Tensor grad_input = empty(sizes_of(input), input.scalar_type(), input);
-  if (const size_t bytes = size_t(grad_input.numel()) * grad_input.element_size(); bytes >= kFreshBytes) {
-    prefer_large_pages(grad_input.mutable_data_ptr(), bytes);
-  }
+  Tensor grad_input = empty_in_large_pages(sizes_of(input), input);
   dispatch_floating(input.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     using compute = compute_t<scalar_t>;

@@ -13,7 +13,6 @@
 
 #include "../linear_act.h"
 #include "cross_entropy_rows.h"
-#include "scratch.h"
 
 namespace torch_mlp {
 namespace {
@@ -28,8 +27,8 @@ template <typename scalar_t>
 class Gradients {
  public:
   Gradients(const Arguments& of, Needs needs)
-      : input(empty(needs.input ? sizes_of(of.input) : kNone, of.input.scalar_type(), of.input)),
-        weight(empty(needs.weight ? sizes_of(of.linear_weight) : kNone, of.input.scalar_type(), of.input)),
+      : input(empty_in_large_pages(needs.input ? sizes_of(of.input) : kNone, of.input)),
+        weight(empty_in_large_pages(needs.weight ? sizes_of(of.linear_weight) : kNone, of.input)),
         bias(empty({needs.bias ? of.linear_weight.size(0) : 0}, of.input.scalar_type(), of.input)),
         of_(of),
         needs_(needs),
@@ -110,7 +109,7 @@ void for_each_chunk(const Arguments& of, const Body& body) {
   const int64_t rows = of.input.size(0), classes = of.linear_weight.size(0);
   const int64_t of_class = sizeof(scalar_t), of_row = std::max<int64_t>(1, classes) * of_class;
   const int64_t chunk = std::min(rows, std::max(kChunkBytes / of_class, kCacheBytes / of_row));
-  const Tensor memory = empty({chunk, classes}, of.input.scalar_type(), of.input);
+  const Tensor memory = empty_in_large_pages({chunk, classes}, of.input);
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t end = std::min(begin + chunk, rows);
     const Tensor logits = rows_of(memory, 0, end - begin);
