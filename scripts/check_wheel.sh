@@ -21,5 +21,6 @@ for python in "${pythons[@]}"; do
   echo "--- $("$python" -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)')"
   PYTHONPATH=installed "$python" -c 'import torch_mlp; print("from", torch_mlp.__file__)'
   PYTHONPATH=installed "$python" -m pytest -q -p no:cacheprovider -k "not cuda" \
-    tests/test_linear_act.py tests/test_cross_entropy.py tests/test_ops.py
+    tests/test_linear_act.py tests/test_cross_entropy.py tests/test_cross_entropy_probabilities.py \
+    tests/test_linear_cross_entropy.py tests/test_binary_cross_entropy.py tests/test_ops.py tests/subsystems
 done

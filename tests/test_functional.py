@@ -1,4 +1,4 @@
-"""torch_mlp/functional.py: what it makes of its arguments before it calls an op."""
+"""torch_mlp/functional: what it makes of its arguments before it calls an op."""
 
 import pytest
 import torch

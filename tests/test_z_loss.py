@@ -1,4 +1,4 @@
-"""``return_lse`` and ``z_loss`` of the cross-entropies of torch_mlp/functional.py."""
+"""``return_lse`` and ``z_loss`` of the cross-entropies of torch_mlp/functional."""
 
 import pytest
 import torch
