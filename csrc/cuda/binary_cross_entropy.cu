@@ -75,21 +75,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
-// One block: the reduced loss.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    loss_sum_kernel(const double* __restrict__ partials, scalar_t* __restrict__ loss, int64_t blocks, double divisor) {
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t block = threadIdx.x; block < blocks; block += kThreads) {
-    sum += partials[block];
-  }
-  sum = block_reduce(sum, Add{});
-  if (threadIdx.x == 0) {
-    *loss = static_cast<scalar_t>(static_cast<compute_t<scalar_t>>(sum / divisor));
-  }
-}
-
 // grad_x and grad_y are null where they are not needed.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
@@ -185,7 +170,7 @@ Tensor binary_cross_entropy_cuda(const Tensor& input, const Tensor& target, cons
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (!is_none) {
       const double divisor = reduce == Reduction::Mean ? double(input.numel()) : 1.0;
-      loss_sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(sums, to, blocks, divisor);
+      sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(sums, to, blocks, divisor);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });

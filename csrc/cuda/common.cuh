@@ -147,4 +147,19 @@ __device__ T lanes_reduce(T value, const Combine& combine) {
   }
 }
 
+// One block: the sum of some values, divided.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    sum_kernel(const double* __restrict__ values, scalar_t* __restrict__ result, int64_t count, double divisor) {
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    sum += values[i];
+  }
+  sum = block_reduce(sum, Add{});
+  if (threadIdx.x == 0) {
+    *result = static_cast<scalar_t>(static_cast<compute_t<scalar_t>>(sum / divisor));
+  }
+}
+
 }  // namespace torch_mlp

@@ -63,21 +63,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block: the sum of the rows' losses, divided.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    row_sum_kernel(const double* __restrict__ of_rows, scalar_t* __restrict__ loss, int64_t rows, double divisor) {
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < rows; i += kThreads) {
-    sum += of_rows[i];
-  }
-  sum = block_reduce(sum, Add{});
-  if (threadIdx.x == 0) {
-    *loss = static_cast<scalar_t>(sum / divisor);
-  }
-}
-
 // grad_stride is 0 where one gradient serves all rows; grad_lse, grad_input and grad_target are null where they are not
 // there or not wanted; phase is that of all tensors, negative where they differ.
 template <int lanes, typename scalar_t>
@@ -168,8 +153,8 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_cuda(const Tensor& input,
       });
     }
     if (!is_none) {
-      row_sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(
-          of_rows.const_data_ptr<double>(), losses, rows, reduce == Reduction::Mean ? double(classes ? rows : 0) : 1.0);
+      sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(of_rows.const_data_ptr<double>(), losses, rows,
+                                                       reduce == Reduction::Mean ? double(classes ? rows : 0) : 1.0);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });
