@@ -267,6 +267,14 @@ def test_weight_has_no_gradient(device):
         cross_entropy(input, target, weight.requires_grad_())
 
 
+def test_weight_that_requires_grad_where_none_is_recorded(device):
+    """Weights that are learned elsewhere, in an evaluation: as in torch."""
+    input, target, weight = make(device)
+    with torch.no_grad():
+        ours = cross_entropy(input, target, weight.requires_grad_())
+        torch.testing.assert_close(ours, eager(input, target, weight))
+
+
 def test_deprecated_reduction_arguments(device):
     input, target, weight = make(device)
     with pytest.warns(UserWarning, match="size_average"):

@@ -176,6 +176,24 @@ def test_empty(device, reduction, shape):
         torch.testing.assert_close(our, their, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["probabilities", "places", "probabilities of places"])
+def test_no_features(device, kind):
+    """Where the logits are held, of a linear map of nothing: the bias is all there is."""
+    input, matrix, bias, target = make(device, features=0, classes=6)
+    logits = torch.nn.functional.linear(input, matrix, bias)
+    if "places" in kind:
+        matrix, offset, logits = matrix.reshape(3, 2, 0), bias.reshape(3, 2), logits.reshape(7, 3, 2)
+        target = torch.randint(3, (7, 2), device=device)
+    else:
+        offset = bias
+    if "probabilities" in kind:
+        target = torch.rand(logits.shape, dtype=torch.float64, device=device)
+    ours = linear_cross_entropy(input, matrix, target, linear_bias=offset)
+    theirs = torch.nn.functional.cross_entropy(logits, target)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * loss, (input, bias)) for loss in (ours, theirs)))
+
+
 @reductions
 def test_every_row_ignored(device, reduction):
     input, matrix, bias, target = make(device)

@@ -164,6 +164,27 @@ def test_opcheck(device, name):
         assert set(results.values()) == {"SUCCESS"}
 
 
+def with_one_on_meta(sample):
+    """The sample with each of its tensors in turn, and each tensor of its lists, on meta."""
+    for place, arg in enumerate(sample):
+        if isinstance(arg, torch.Tensor):
+            yield (*sample[:place], arg.to("meta"), *sample[place + 1 :])
+        elif isinstance(arg, list):
+            for i, tensor in enumerate(arg):
+                if isinstance(tensor, torch.Tensor):
+                    yield (*sample[:place], [*arg[:i], tensor.to("meta"), *arg[i + 1 :]], *sample[place + 1 :])
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "_train_epoch"])  # whose lr is always on the CPU
+def test_a_tensor_on_meta_among_others(device, name):
+    """It alone makes torch call the fake kernel, whose results would be whatever memory held."""
+    op = getattr(torch.ops.torch_mlp, name).default
+    for sample in SAMPLES[name](device):
+        for mixed in with_one_on_meta(sample):
+            with pytest.raises(RuntimeError, match=rf"^{name}: expected \w+ on the device of \w+, .*, got .*"):
+                op(*mixed)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_kernels_are_registered(name):
     keys = ["CPU"] + ["CUDA"] * torch_mlp.ops.has_cuda_kernels()

@@ -197,7 +197,7 @@ def linear_cross_entropy(
     casts = is_autocasting(input)
     if holds_probabilities or linear_weight.dim() > 2 or (casts and weight is not None):
         matrix, bias = (
-            linear_weight.reshape(-1, input.shape[-1]),
+            linear_weight.flatten(0, -2),
             None if linear_bias is None else linear_bias.flatten(),
         )
         return cross_entropy(
@@ -243,7 +243,7 @@ def check_classes(op: str, target: Tensor, weight: Tensor | None) -> Tensor:
             f"{op}: expected target to hold class indices, or probabilities in the shape of the logits, "
             f"got {target.dtype} of shape {tuple(target.shape)}"
         )
-    if weight is not None and weight.requires_grad:
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: expected weight not to require grad, for the loss has no gradient by it")
     return target.long() if target.dtype in (torch.int32, torch.int16, torch.uint8) else target
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_mlp.ops.fake import register_fake
 from torch_mlp.ops.linear_act import backward as linear_backward
 from torch_mlp.ops.linear_act import forward_op as linear_op
 from torch_mlp.ops.linear_act import only_needed
@@ -24,12 +25,12 @@ forward_op = torch.ops.torch_mlp.binary_cross_entropy_with_logits.default
 backward_op = torch.ops.torch_mlp._binary_cross_entropy_with_logits_backward.default
 
 
-@torch.library.register_fake("torch_mlp::binary_cross_entropy_with_logits")
+@register_fake("torch_mlp::binary_cross_entropy_with_logits")
 def _(input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
     return input.new_empty(input.shape if reduction == "none" else ())
 
 
-@torch.library.register_fake("torch_mlp::_binary_cross_entropy_with_logits_backward")
+@register_fake("torch_mlp::_binary_cross_entropy_with_logits_backward")
 def _(
     grad_output: Tensor,
     input: Tensor,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_mlp.ops.fake import register_fake
 from torch_mlp.ops.transforms import in_transform, is_composed
 
 forward_op = torch.ops.torch_mlp.cross_entropy.default
@@ -25,7 +26,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("torch_mlp::cross_entropy")
+@register_fake("torch_mlp::cross_entropy")
 def _(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +38,7 @@ def _(
     )
 
 
-@torch.library.register_fake("torch_mlp::_cross_entropy_backward")
+@register_fake("torch_mlp::_cross_entropy_backward")
 def _(
     grad_output: Tensor,
     grad_lse: Tensor | None,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_mlp.ops.fake import register_fake
 from torch_mlp.ops.linear_act import only_needed
 from torch_mlp.ops.transforms import in_transform, is_composed
 
@@ -26,13 +27,13 @@ def _compute(input: Tensor) -> Tensor:
     return input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.register_fake("torch_mlp::cross_entropy_probabilities")
+@register_fake("torch_mlp::cross_entropy_probabilities")
 def _(input: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     loss = input.new_empty(input.shape[:1] if reduction == "none" else ())
     return loss, _compute(input).new_empty((2, input.shape[0]))
 
 
-@torch.library.register_fake("torch_mlp::_cross_entropy_probabilities_backward")
+@register_fake("torch_mlp::_cross_entropy_probabilities_backward")
 def _(
     grad_output: Tensor,
     grad_lse: Tensor | None,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_mlp.ops.fake import register_fake
 from torch_mlp.ops.transforms import in_transform, is_composed
 
 forward_op = torch.ops.torch_mlp.linear_act.default
@@ -37,12 +38,12 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-@torch.library.register_fake("torch_mlp::linear_act")
+@register_fake("torch_mlp::linear_act")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("torch_mlp::_linear_act_backward")
+@register_fake("torch_mlp::_linear_act_backward")
 def _(
     grad_output: Tensor,
     input: Tensor,

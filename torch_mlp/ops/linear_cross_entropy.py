@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_mlp.ops.cross_entropy import backward as cross_entropy_backward
 from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse, log_sum_exp
+from torch_mlp.ops.fake import register_fake
 from torch_mlp.ops.linear_act import only_needed
 from torch_mlp.ops.transforms import in_transform, is_composed
 
@@ -30,7 +31,7 @@ def _new_grads(
     return of_input, of_weight, of_bias
 
 
-@torch.library.register_fake("torch_mlp::linear_cross_entropy")
+@register_fake("torch_mlp::linear_cross_entropy")
 def _(
     input: Tensor,
     linear_weight: Tensor,
@@ -53,7 +54,7 @@ def _(
     )
 
 
-@torch.library.register_fake("torch_mlp::_linear_cross_entropy_backward")
+@register_fake("torch_mlp::_linear_cross_entropy_backward")
 def _(
     grad_output: Tensor,
     grad_lse: Tensor | None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_mlp.ops.cross_entropy import backward as cross_entropy_backward
 from torch_mlp.ops.cross_entropy import forward_op as cross_entropy_op
 from torch_mlp.ops.cross_entropy import reference as cross_entropy_reference
+from torch_mlp.ops.fake import register_fake
 from torch_mlp.ops.linear_act import LinearActBackward, only_needed
 from torch_mlp.ops.linear_act import reference as linear_act_reference
 from torch_mlp.ops.linear_act import reference_backward as linear_act_reference_backward
@@ -25,12 +26,12 @@ backward_op = torch.ops.torch_mlp._mlp_backward.default
 Parameters = tuple[Any, ...]  # weight, bias or None, weight, bias or None, ...
 
 
-@torch.library.register_fake("torch_mlp::mlp")
+@register_fake("torch_mlp::mlp")
 def _(input: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str) -> list[Tensor]:
     return [input.new_empty((*input.shape[:-1], weight.shape[0])) for weight in weights]
 
 
-@torch.library.register_fake("torch_mlp::_mlp_backward")
+@register_fake("torch_mlp::_mlp_backward")
 def _(
     grad_output: Tensor,
     input: Tensor,
