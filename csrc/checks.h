@@ -123,8 +123,11 @@ inline void check_classes(const char* op, const torch::stable::Tensor& target, c
   check(target.scalar_type() == torch::headeronly::ScalarType::Long, op, ": expected target of dtype Long, got ",
         torch::headeronly::toString(target.scalar_type()));
   check_same_device(op, "target", target, input);
-  check<std::invalid_argument>(target.dim() == 1 && target.size(0) == input.size(0), op, ": expected target of shape (",
-                               input.size(0), ",), got ", shape_of(target.sizes()));
+  // As in torch, another batch size is a ValueError, another number of dimensions is not.
+  const Shape expected{input.sizes().data(), 1};
+  check<std::invalid_argument>(target.dim() > 0 && target.size(0) == input.size(0), op, ": expected target of shape ",
+                               expected, ", got ", shape_of(target.sizes()));
+  check(target.dim() == 1, op, ": expected target of shape ", expected, ", got ", shape_of(target.sizes()));
   check(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, ": expected label_smoothing in [0, 1], got ",
         label_smoothing);
 }

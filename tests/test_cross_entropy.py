@@ -290,7 +290,11 @@ def test_deprecated_reduction_arguments(device):
             ValueError,
             r"cross_entropy: expected target of shape \(7,\), got \(6,\)",
         ),
-        (lambda x, y, w: (x, y.bool(), w), RuntimeError, "cross_entropy: expected target of dtype Long, got Bool"),
+        (
+            lambda x, y, w: (x, y.bool(), w),
+            RuntimeError,
+            "cross_entropy: expected target to hold class ind.* got torch.bool",
+        ),
         (
             lambda x, y, w: (x, y, w.float()),
             RuntimeError,
@@ -307,6 +311,11 @@ def test_deprecated_reduction_arguments(device):
             lambda x, y, w: (x[0, 0], y[0], w),
             RuntimeError,
             r"cross_entropy: expected input of shape \(C\), .* got \(\)",
+        ),
+        (
+            lambda x, y, w: (x, y[:, None], w),
+            RuntimeError,
+            r"cross_entropy: expected target of shape \(7,\), got \(7, 1\)",
         ),
         (lambda x, y, w: (x[0], y[:2], w), ValueError, r"cross_entropy: expected target of shape \(\), got \(2,\)"),
         (

@@ -238,14 +238,16 @@ def linear_cross_entropy(
 
 def check_classes(op: str, target: Tensor, weight: Tensor | None) -> Tensor:
     """The classes as the ops take them."""
-    if target.is_floating_point():
-        raise RuntimeError(
-            f"{op}: expected target to hold class indices, or probabilities in the shape of the logits, "
-            f"got {target.dtype} of shape {tuple(target.shape)}"
-        )
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: expected weight not to require grad, for the loss has no gradient by it")
-    return target.long() if target.dtype in (torch.int32, torch.int16, torch.uint8) else target
+    if target.dtype is torch.int64:
+        return target
+    if target.dtype in (torch.int32, torch.int16, torch.uint8):
+        return target.long()
+    raise RuntimeError(
+        f"{op}: expected target to hold class indices, int64, int32, int16 or uint8, or probabilities in the shape of the "
+        f"logits, got {target.dtype} of shape {tuple(target.shape)}"
+    )
 
 
 def _check_probabilities(op: str, target: Tensor, ignore_index: int) -> None:
