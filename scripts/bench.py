@@ -25,6 +25,7 @@ from typing import Any
 
 # Threads that wait by spinning stop each other on a machine that is shared, see train_mnist.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # numpy's, which would spin into the turn of whoever comes next
 
 import bench_linear_cross_entropy
 import bench_train
