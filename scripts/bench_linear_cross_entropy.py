@@ -37,7 +37,7 @@ def peers() -> dict[str, Callable[..., torch.Tensor]]:
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Input and weight, logits of unit variance; and targets."""
     batch, features, classes = shape
-    input, weight = torch.randn(batch, features), torch.randn(classes, features) / features**0.5
+    input, weight = torch.randn(batch, features), torch.randn(classes, features).div_(features**0.5)
     return [t.to(dtype).requires_grad_() for t in (input, weight)], torch.randint(classes, (batch,))
 
 
