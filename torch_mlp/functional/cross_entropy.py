@@ -245,8 +245,8 @@ def check_classes(op: str, target: Tensor, weight: Tensor | None) -> Tensor:
     if target.dtype in (torch.int32, torch.int16, torch.uint8):
         return target.long()
     raise RuntimeError(
-        f"{op}: expected target to hold class indices, int64, int32, int16 or uint8, or probabilities in the shape of the "
-        f"logits, got {target.dtype} of shape {tuple(target.shape)}"
+        f"{op}: expected target to hold class indices, int64, int32, int16 or uint8, or probabilities in the shape of "
+        f"the logits, got {target.dtype} of shape {tuple(target.shape)}"
     )
 
 
