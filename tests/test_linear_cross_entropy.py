@@ -264,6 +264,23 @@ def test_autocast(device, dtype):
             torch.testing.assert_close(our, their, rtol=2e-2, atol=2e-2 * their.abs().max().item())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_with_a_scaled_loss(device, reduction):
+    """As torch.amp.GradScaler has it: the gradients that it saves from vanishing are there."""
+    tensors = make(device, torch.float32, 3000, 8, 3000)
+    grad_output = torch.full((3000,), 2.0**16 / 3000) if reduction == "none" else torch.tensor(2.0**16)
+    with torch.autocast(device, torch.float16):
+        _, *ours = results(linear_cross_entropy, tensors, grad_output, reduction=reduction)
+    _, *truths = results(
+        eager,
+        [*(t.detach().double().requires_grad_() for t in tensors[:3]), tensors[3]],
+        grad_output,
+        reduction=reduction,
+    )
+    for our, truth in zip(ours, truths, strict=True):
+        assert (our.double() - truth).square().mean().sqrt() < 0.01 * truth.square().mean().sqrt()
+
+
 def peak_memory(function, classes):
     """MiB that a forward and backward pass add to the memory of a process, in a process of its own."""
     code = f"""

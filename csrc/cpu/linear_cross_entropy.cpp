@@ -70,8 +70,10 @@ class Gradients {
                                                           {bits_of(grad), cols}, {nullptr, 0}, bias_sums_.data(), rows,
                                                           cols);
     } else {
-      for (int64_t k = 0; k < rows * cols; ++k) {
-        bias_sums_[k % cols] += double(grad[k]);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < cols; ++j) {
+          bias_sums_[j] += double(grad[i * cols + j]);
+        }
       }
     }
   }
@@ -81,7 +83,7 @@ class Gradients {
       linear_grad_weight_out_cpu(weight, grad_logits, x, !is_first);
       return;
     }
-    // In weight itself there is room for a chunk's gradient, of some classes after the others.
+    // Until the last chunk, weight itself is the memory for a chunk's gradient.
     if (is_first) {
       weight_sums_.resize(weight.numel());
     }

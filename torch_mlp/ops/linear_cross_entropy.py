@@ -2,8 +2,8 @@
 
 Where the loss is reduced, the forward op gives the gradients with it, for an upstream gradient of 1, and the backward
 pass multiplies them by what comes in. Where it is not, or a gradient comes in for lse too, the backward op computes the
-logits again. Both take some rows at a time. For a second derivative the logits are kept as a whole. The loss of 16-bit
-dtypes is float32.
+logits again; so it does in float16, in which small gradients vanish without the factor of a GradScaler. Both take some
+rows at a time. For a second derivative the logits are kept as a whole. The loss of 16-bit dtypes is float32.
 """
 
 from typing import Any
@@ -108,8 +108,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Loss of shape (batch,) for reduction "none", else (); where asked for, lse (batch,) and the total weight."""
         options = reduction, ignore_index, label_smoothing
-        # What comes in for lse is not known yet.
-        needs_now = (False, False, False) if returns_lse or reduction == "none" else needs_grad
+        # What comes in for lse is not known yet; nor the factor without which gradients vanish in float16.
+        comes_later = returns_lse or reduction == "none" or input.dtype == torch.float16
+        needs_now = (False, False, False) if comes_later else needs_grad
         loss, lse, total_weight, *grads = forward_op(
             input, linear_weight, linear_bias, target, weight, *options, *needs_now
         )
