@@ -221,7 +221,7 @@ class LinearBinaryCrossEntropy(torch.autograd.Function):
 def binary_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
 ) -> Tensor:
-    """The one entry: the reference inside functional transforms, the fused op everywhere else."""
+    """The one entry: the reference inside functional transforms and of DTensors, else the fused op."""
     if is_composed(input):
         return reference(input, target, weight, pos_weight, reduction)
     return BinaryCrossEntropy.apply(input, target, weight, pos_weight, reduction)
