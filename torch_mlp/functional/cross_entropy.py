@@ -149,8 +149,8 @@ def linear_cross_entropy(
         reduction: "none", "mean" or "sum".
         ignore_index: rows with this target have loss 0 and gradient 0; None stands for -100.
         label_smoothing: the share of each target that is spread evenly over all classes.
-        return_lse: whether to return each row's log-sum-exp too. With it or z_loss, and in float16, the logits are computed
-            twice.
+        return_lse: whether to return each row's log-sum-exp too. With it or z_loss, and in float16, the logits are
+            computed twice.
         z_loss: this much times the square of the log-sum-exp is added to each row's loss.
 
     Shape:
