@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from options import not_negative, positive, seed, threads
 
 import torch_mlp
 from torch_mlp import checkpoint, data, plot, training
@@ -84,38 +85,6 @@ def parse_arguments() -> argparse.Namespace:
     files.add_argument("--output-dir", type=Path, default=Path("runs/mnist"), metavar="DIR")
     files.add_argument("--reference", action="store_true", help="also train the same network of stock torch layers")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """A positive integer."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """A seed that torch takes."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {text}")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    """A finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
-    return value
-
-
-def threads(text: str) -> int:
-    """A number of threads that this machine can run at once."""
-    if positive(text) > (cores := os.cpu_count() or 1):
-        raise argparse.ArgumentTypeError(f"expected at most {cores}, the cores of this machine, got {text}")
-    return int(text)
 
 
 def choose_device(name: str) -> str:
