@@ -175,6 +175,14 @@ def test_nan_and_infinity(device, dtype, activation):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@activations
+@dtypes
+def test_table_at_nan_and_infinity(device, dtype, activation):
+    """What stands for the kernels in transforms."""
+    z = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0, -2.0, 0.0, -0.0], device=device, dtype=dtype)
+    torch.testing.assert_close(ACTIVATIONS[activation].forward(z), EAGER[activation](z), equal_nan=True)
+
+
 @differentiable
 def test_thread_counts_give_the_same_bias_gradient(activation):
     """A sum in the order of arrival, or in blocks as many as threads, shows here."""

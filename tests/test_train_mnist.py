@@ -177,6 +177,7 @@ def test_precision(tmp_path):
         ("--momentum", "-1", "expected a number of at least 0, got -1"),
         ("--epochs", "0", "expected a positive integer, got 0"),
         ("--hidden", "abc", "expected a positive integer, got abc"),
+        ("--activation", "step", "invalid choice: 'step'"),  # it has no gradient to learn by
         ("--seed", str(2**63), "expected an integer from 0 to"),
         ("--threads", "100000", "the cores of this machine, got 100000"),
     ],
