@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import DIFFERENTIABLE, EAGER
 from torch import Tensor
 
 from torch_mlp import functional, nn
 
 torch_functional = torch.nn.functional
 
-EAGER = {"identity": lambda z: z, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 STOCK = {"identity": torch.nn.Identity, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 REDUCTIONS = ("none", "mean", "sum")
 IN, HIDDEN, CLASSES = 5, 4, 3
@@ -229,11 +229,11 @@ def cross_entropy_options() -> Iterator[tuple[str, Make]]:
 OPS: dict[str, dict[str, Make]] = {
     "linear_act": {
         f"{activation}" + ", no bias" * (not bias): linear_act(activation, bias)
-        for activation in functional.ACTIVATIONS
+        for activation in DIFFERENTIABLE
         for bias in (True, False)
     },
     "linear_sigmoid": {"": linear_sigmoid},
-    "mlp": {activation: mlp(activation) for activation in functional.ACTIVATIONS},
+    "mlp": {activation: mlp(activation) for activation in DIFFERENTIABLE},
     "mlp_cross_entropy": {
         "identity, reduction=sum": mlp_cross_entropy("identity", reduction="sum"),
         "sigmoid, reduction=none": mlp_cross_entropy("sigmoid", reduction="none"),
@@ -343,7 +343,7 @@ class StockLinearCrossEntropy(torch.nn.Module):
 
 
 LAYERS: dict[str, dict[str, Callable[[str, torch.dtype], LayerSample]]] = {
-    "LinearAct": {activation: linear_layer(activation) for activation in functional.ACTIVATIONS},
+    "LinearAct": {activation: linear_layer(activation) for activation in DIFFERENTIABLE},
     "LinearSigmoid": {
         "": layer(
             lambda: nn.LinearSigmoid(IN, HIDDEN),
