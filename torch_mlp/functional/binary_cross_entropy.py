@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
 from torch_mlp import ops
-from torch_mlp.functional.arguments import autocast, check_reduction, is_autocasting
+from torch_mlp.functional.arguments import autocast, check_reduction, check_tensors, is_autocasting
 from torch_mlp.functional.linear_act import linear_act
 from torch_mlp.ops.binary_cross_entropy import add_l2_penalty
 from torch_mlp.ops.transforms import in_transform
@@ -50,6 +50,7 @@ def binary_cross_entropy_with_logits(
 
     Raises:
         NotImplementedError: if input is not floating-point or target or pos_weight are of dtype bool.
+        TypeError: if an argument that should be a tensor is none.
         RuntimeError: if another dtype, a device or the shape of a weight does not fit, or a weight requires grad.
         ValueError: if the reduction is not known or target and input differ in shape.
 
@@ -66,6 +67,7 @@ def binary_cross_entropy_with_logits(
         reduction = torch_reduction.legacy_get_string(size_average, reduce)
     op = "binary_cross_entropy_with_logits"
     check_reduction(op, reduction)
+    check_tensors(op, "weight", "pos_weight", input=input, target=target, weight=weight, pos_weight=pos_weight)
     if target.shape != input.shape:
         raise ValueError(f"{op}: expected target of shape {tuple(input.shape)}, got {tuple(target.shape)}")
     _check_binary_cross_entropy(op, input, target, weight, pos_weight)
@@ -127,6 +129,8 @@ def linear_binary_cross_entropy(
     """
     op = "linear_binary_cross_entropy"
     check_reduction(op, reduction)
+    check_tensors(op, "weight", "pos_weight", input=input, target=target, weight=weight, pos_weight=pos_weight)
+    check_tensors(op, "linear_bias", linear_weight=linear_weight, linear_bias=linear_bias)
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"{op}: expected weight_decay to be finite and at least 0, got {weight_decay}")
     if weight_decay and reduction == "none":
