@@ -137,11 +137,10 @@ def linear_cross_entropy(
     r"""Softmax cross-entropy of a linear layer's output: ``torch.nn.functional.linear_cross_entropy`` in one op.
 
     Stands for ``cross_entropy(linear(input, linear_weight, linear_bias), target)``, but the logits are there for some
-    rows at a time only: beside the results it takes the logits of 128 rows (of 512 with dtypes of 16 bits), or 1 MiB, on
-    CUDA twice the logits of 2048 rows, or twice 128 MiB, with dtypes of 16 bits a float32 copy of linear_weight, and
-    where the graph is retained a copy of the gradients. All logits are held for
-    probabilities as targets, for a linear_weight of more than two dimensions, for class weights under autocast, and for
-    second derivatives.
+    rows at a time only: beside the results it takes the logits of 128 rows, of 512 with dtypes of 16 bits, or 1 MiB; on
+    CUDA twice the logits of 2048 rows, or twice 128 MiB; with dtypes of 16 bits a float32 copy of linear_weight; and
+    where the graph is retained a copy of the gradients. All logits are held for probabilities as targets, for a
+    linear_weight of more than two dimensions, for class weights under autocast, and for second derivatives.
 
     Args:
         input: what the linear layer maps to logits.
