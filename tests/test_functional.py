@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torch_mlp import functional
 from torch_mlp.functional import cross_entropy
 
 
@@ -38,3 +39,59 @@ def test_targets_of_other_integers(device, dtype):
     assert torch.equal(cross_entropy(input, target.to(dtype)), cross_entropy(input, target))
     expected = torch.nn.functional.cross_entropy(input, target)
     torch.testing.assert_close(cross_entropy(input, target.to(dtype)), expected)
+
+
+_ROWS, _WEIGHT, _BIAS = torch.randn(4, 5), torch.randn(3, 5), torch.rand(3)
+_LOGITS, _CLASSES, _PROBABILITIES = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.rand(4, 3)
+_LINEAR_LOSS = {"input": _ROWS, "linear_weight": _WEIGHT, "linear_bias": _BIAS}
+TENSORS = {  # the function, then its tensors by name
+    functional.linear_act: {"input": _ROWS, "weight": _WEIGHT, "bias": _BIAS},
+    functional.linear_sigmoid: {"input": _ROWS, "weight": _WEIGHT, "bias": _BIAS},
+    functional.cross_entropy: {"input": _LOGITS, "target": _CLASSES, "weight": _BIAS},
+    functional.linear_cross_entropy: {**_LINEAR_LOSS, "target": _CLASSES, "weight": _BIAS},
+    functional.binary_cross_entropy_with_logits: {
+        "input": _LOGITS,
+        "target": _PROBABILITIES,
+        "weight": _BIAS,
+        "pos_weight": _BIAS,
+    },
+    functional.linear_binary_cross_entropy: {
+        **_LINEAR_LOSS,
+        "target": _PROBABILITIES,
+        "weight": _BIAS,
+        "pos_weight": _BIAS,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        pytest.param(function, name, id=f"{function.__name__}: {name}")
+        for function, tensors in TENSORS.items()
+        for name in tensors
+    ],
+)
+def test_what_is_no_tensor(function, name):
+    tensors = TENSORS[function]
+    assert function(**tensors).isfinite().all()
+    for wrong in (tensors[name].numpy(), tensors[name].tolist(), 1.0):
+        with pytest.raises(TypeError, match=rf"\w+: expected {name} to be a Tensor, got {type(wrong).__name__}$"):
+            function(**{**tensors, name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"input": [[1.0]]}, "mlp_cross_entropy: expected input to be a Tensor, got list"),
+        ({"weights": [1.0]}, "mlp_cross_entropy: expected weight to be a Tensor, got float"),
+        ({"biases": ["b"]}, "mlp_cross_entropy: expected bias to be a Tensor, got str"),
+        ({"target": [0, 1, 2, 0]}, "mlp_cross_entropy: expected target to be a Tensor, got list"),
+        ({"weight": 2}, "mlp_cross_entropy: expected weight to be a Tensor, got int"),
+    ],
+)
+def test_what_is_no_tensor_of_a_network(change, sentence):
+    tensors = {"input": _ROWS, "weights": [_WEIGHT], "biases": [None], "target": _CLASSES}
+    assert functional.mlp_cross_entropy(**tensors).isfinite()
+    with pytest.raises(TypeError, match=sentence):
+        functional.mlp_cross_entropy(**{**tensors, **change})

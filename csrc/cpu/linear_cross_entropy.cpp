@@ -6,8 +6,8 @@
 // Shapes: x (batch, in_features), W (num_classes, in_features), b (num_classes,).
 // Fused: z is there for some rows at a time only, and its gradient takes its place. Where the loss is reduced, the
 // forward pass computes the gradients with it, for a grad_output of 1, so that z need not be computed again; else, and
-// where lse has a gradient, the backward pass computes z anew. Memory beyond results: kChunkBytes for each class or
-// kCacheBytes, whichever is more; and for 16-bit dtypes gW in float, in which the chunks' are summed. The loss of those
+// where lse has a gradient, the backward pass computes z anew. Memory beyond results: kChunkRows of z or kCacheBytes,
+// whichever is more; and for 16-bit dtypes gW in float, in which the chunks' are summed. The loss of those
 // is in float too. Threads: those of the products and of the softmax, see linear_act.cpp and cross_entropy_rows.h.
 #include "../linear_cross_entropy.h"
 
@@ -18,8 +18,10 @@ namespace torch_mlp {
 namespace {
 
 // Of logits at once: as many rows as make a product worth while, or, where the classes are few, fill a part of the
-// cache.
-constexpr int64_t kChunkBytes = 1 << 10;
+// cache. Of 1024 rows and 32000 classes, time with chunks of 64, 128, 256, 512 rows over that of the fastest: 1.08, 1,
+// 1.09, 1.09. In 16 bits the library packs the weight anew for each, and each rounds its part of gW.
+template <typename scalar_t>
+constexpr int64_t kChunkRows = sizeof(scalar_t) == 2 ? 512 : 128;
 constexpr int64_t kCacheBytes = 1 << 20;
 
 // The gradients, to which chunks of rows add.
@@ -109,8 +111,8 @@ class Gradients {
 template <typename scalar_t, typename Body>
 void for_each_chunk(const Arguments& of, const Body& body) {
   const int64_t rows = of.input.size(0), classes = of.linear_weight.size(0);
-  const int64_t of_class = sizeof(scalar_t), of_row = std::max<int64_t>(1, classes) * of_class;
-  const int64_t chunk = std::min(rows, std::max(kChunkBytes / of_class, kCacheBytes / of_row));
+  const int64_t of_row = std::max<int64_t>(1, classes) * int64_t(sizeof(scalar_t));
+  const int64_t chunk = std::min(rows, std::max(kChunkRows<scalar_t>, kCacheBytes / of_row));
   const Tensor memory = empty_in_large_pages({chunk, classes}, of.input);
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t end = std::min(begin + chunk, rows);

@@ -198,14 +198,17 @@ def binary_cross_entropy(weighted: bool, **options):
     return make
 
 
-def linear_binary_cross_entropy(outs: int, **options):
+def linear_binary_cross_entropy(outs: int, weight_decay: float = 0.0, **options):
     def make(device, dtype, batch):
         def ours(input, matrix, bias, target):
-            return functional.linear_binary_cross_entropy(input, matrix, target, linear_bias=bias, **options)
+            return functional.linear_binary_cross_entropy(
+                input, matrix, target, linear_bias=bias, weight_decay=weight_decay, **options
+            )
 
         def torchs(input, matrix, bias, target):
             logits = torch_functional.linear(input, matrix, bias)
-            return torch_functional.binary_cross_entropy_with_logits(logits, target, **options)
+            loss = torch_functional.binary_cross_entropy_with_logits(logits, target, **options)
+            return loss + weight_decay / 2 * matrix.square().sum() if weight_decay else loss
 
         inputs = [normal(device, dtype, *shape).requires_grad_() for shape in ((batch, IN), (outs, IN), (outs,))]
         return Sample(ours, torchs, [*inputs, binary_target(device, dtype, batch, outs)], [], (0, 3))
@@ -258,6 +261,7 @@ OPS: dict[str, dict[str, Make]] = {
     "linear_binary_cross_entropy": {
         "one output, reduction=mean": linear_binary_cross_entropy(1),
         "several outputs, reduction=none": linear_binary_cross_entropy(3, reduction="none"),
+        "several outputs, reduction=sum, weight_decay=0.7": linear_binary_cross_entropy(3, 0.7, reduction="sum"),
     },
 }
 

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def check_tensors(op: str, *optional: str, **arguments: Any) -> None:
+    """TypeError, as from torch, where an argument is no tensor; the optional ones may be None."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and not (value is None and name in optional):
+            raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(value).__name__}")
+
+
 def check_reduction(op: str, reduction: str) -> None:
     """ValueError where it is not one of torch's."""
     if reduction not in ("none", "mean", "sum"):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import _reduction as torch_reduction
 
 from torch_mlp import ops
-from torch_mlp.functional.arguments import autocast, check_reduction, is_autocasting
+from torch_mlp.functional.arguments import autocast, check_reduction, check_tensors, is_autocasting
 from torch_mlp.functional.linear_act import linear_act
 
 
@@ -62,6 +62,7 @@ def cross_entropy(
         IndexError: if a target is neither a class nor ``ignore_index`` (on CUDA a device-side assertion, as in torch).
         RuntimeError: if a dtype, a device, the shape of weight or of a target (N, d1, ...) does not fit, or
             ``ignore_index`` comes with probabilities.
+        TypeError: if input, target or weight is no tensor.
         ValueError: if the reduction is not known or target and input differ in batch size.
 
     Example:
@@ -79,6 +80,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch_reduction.legacy_get_string(size_average, reduce)
     check_reduction("cross_entropy", reduction)
+    check_tensors("cross_entropy", "weight", input=input, target=target, weight=weight)
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: expected input of shape (C), (N, C) or (N, C, d1, ...), got ()")
     holds_probabilities = target.dim() == input.dim() and target.shape == input.shape
@@ -135,10 +137,10 @@ def linear_cross_entropy(
     r"""Softmax cross-entropy of a linear layer's output: ``torch.nn.functional.linear_cross_entropy`` in one op.
 
     Stands for ``cross_entropy(linear(input, linear_weight, linear_bias), target)``, but the logits are there for some
-    rows at a time only: beside the results it takes 1 KiB for each class, or 1 MiB, on CUDA twice the logits of 2048
-    rows, or twice 128 MiB, and with dtypes of 16 bits a float32 copy of linear_weight. All logits are held for
-    probabilities as targets, for a linear_weight of more than two dimensions, for class weights under autocast, and for
-    second derivatives.
+    rows at a time only: beside the results it takes the logits of 128 rows, of 512 with dtypes of 16 bits, or 1 MiB; on
+    CUDA twice the logits of 2048 rows, or twice 128 MiB; with dtypes of 16 bits a float32 copy of linear_weight; and
+    where the graph is retained a copy of the gradients. All logits are held for probabilities as targets, for a
+    linear_weight of more than two dimensions, for class weights under autocast, and for second derivatives.
 
     Args:
         input: what the linear layer maps to logits.
@@ -178,6 +180,16 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     check_reduction(op, reduction)
+    check_tensors(
+        op,
+        "linear_bias",
+        "weight",
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+    )
     if input.dim() not in (1, 2):
         raise RuntimeError(f"{op}: expected input of shape (N, in_features) or (in_features), got {tuple(input.shape)}")
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from torch_mlp import ops
-from torch_mlp.functional.arguments import autocast, is_autocasting
+from torch_mlp.functional.arguments import autocast, check_tensors, is_autocasting
 from torch_mlp.ops import ACTIVATIONS
 
 
@@ -29,6 +29,7 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
         A tensor of shape :math:`(*, out\_features)`, of the dtype of input. 16-bit dtypes are accumulated in float32.
 
     Raises:
+        TypeError: if an argument is no tensor.
         ValueError: if the activation is not known.
         RuntimeError: if a shape, dtype or device does not fit, or from ``backward`` through step.
 
@@ -43,6 +44,7 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
 
     Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 5.1.
     """
+    check_tensors("linear_act", "bias", input=input, weight=weight, bias=bias)
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear_act: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if is_autocasting(input):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torch_mlp import ops
-from torch_mlp.functional.arguments import autocast, check_reduction, is_autocasting
+from torch_mlp.functional.arguments import autocast, check_reduction, check_tensors, is_autocasting
 from torch_mlp.functional.cross_entropy import check_classes, cross_entropy
 from torch_mlp.ops import ACTIVATIONS
 
@@ -33,6 +33,7 @@ def mlp(
         A tensor of shape :math:`(*, out\_features)` of the last layer, of the dtype of input.
 
     Raises:
+        TypeError: if an argument is no tensor.
         ValueError: if the activation is not known, or there are not as many biases as weights, or none.
         RuntimeError: if a shape, dtype or device does not fit, or from ``backward`` through step.
 
@@ -86,6 +87,7 @@ def mlp_cross_entropy(
 
     Formula: Bishop, Pattern Recognition and Machine Learning, 2006, sections 5.1 and 5.2.
     """
+    check_tensors("mlp_cross_entropy", "weight", input=input, target=target, weight=weight)
     # Autocast computes the loss in float32, which is another dtype than that of the layers.
     if input.dim() != 2 or target.dim() == 2 or is_autocasting(input):
         logits = mlp(input, weights, biases, activation)
@@ -108,6 +110,9 @@ def _check_mlp(
         raise ValueError(
             f"{op}: expected a weight and a bias, or None, for each layer, got {len(weights)} and {len(biases)}"
         )
+    check_tensors(op, input=input)
+    for weight, bias in zip(weights, biases, strict=True):
+        check_tensors(op, "bias", weight=weight, bias=bias)
     parameters = [parameter for layer in zip(weights, biases, strict=True) for parameter in layer]
     if is_autocasting(input):
         input, *parameters = autocast(None, input, *parameters)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
+from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_mlp.ops.cross_entropy import backward as cross_entropy_backward
 from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse, log_sum_exp
@@ -89,6 +91,14 @@ def _differentiable_backward(
     return grad @ linear_weight, grad.mT @ input, grad.sum(0)
 
 
+def _is_last_use(grad_output: Tensor) -> bool:
+    """Whether the graph is freed behind the backward pass that runs, so that what it saved can become its result.
+
+    The gradient of a large weight is as much memory as all the rest of the pass.
+    """
+    return not (torch.compiler.is_compiling() or is_legacy_batchedtensor(grad_output) or graph_is_kept())
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The fused forward pass, with the gradients of a reduced loss."""
 
@@ -133,7 +143,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled() or in_transform():
             grads = _differentiable_backward(grad_output, grad_lse, *saved, *ctx.options)
         elif ctx.has_grads:
-            grads = tuple((grad_output * grad).to(grad.dtype) for grad in (of_input, of_weight, of_bias))
+            scale = torch.Tensor.mul_ if _is_last_use(grad_output) else torch.Tensor.mul
+            grads = tuple(scale(grad, grad_output) for grad in (of_input, of_weight, of_bias))
         else:
             grads = backward_op(grad_output, grad_lse, *saved, *ctx.options, *needs_grad)
         return *only_needed(grads, needs_grad), *(None,) * 7
