@@ -169,6 +169,21 @@ def test_loss_calls_a_model_with_hooks(head):
     assert calls == [1]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # compiler's
+@pytest.mark.parametrize("outs", [1, 3])
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_compiled_and_under_autocast(device, head, outs):
+    model = MLP(5, [4], outs, device=device, head=head)
+    input, target = torch.randn(7, 5, device=device), a_target(head, (7, outs), outs, device)
+    target = target.squeeze(-1) if outs == 1 else target
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input, target), model.loss(input, target))
+    with torch.autocast(device, torch.bfloat16):
+        loss = model.loss(input, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, model.loss(input, target), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("outs", [1, 3])
 def test_predictions_of_a_binary_head(device, outs):
     model = MLP(5, 4, outs, "tanh", device=device, head="binary").init_gaussian_(1.0)

@@ -3,5 +3,14 @@
 from torch_mlp.nn.linear import LinearAct, LinearSigmoid
 from torch_mlp.nn.loss import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 from torch_mlp.nn.mlp import MLP
+from torch_mlp.nn.summary import summary
 
-__all__ = ["MLP", "BCEWithLogitsLoss", "CrossEntropyLoss", "LinearAct", "LinearCrossEntropyLoss", "LinearSigmoid"]
+__all__ = [
+    "MLP",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "LinearAct",
+    "LinearCrossEntropyLoss",
+    "LinearSigmoid",
+    "summary",
+]
