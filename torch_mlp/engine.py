@@ -105,8 +105,10 @@ def choose_engine(
     """The engine of :func:`train_epoch` for this model: "epoch" where the compiled op can train it, else "autograd".
 
     Raises:
-        ValueError: if engine is "epoch" and it cannot, if engine or precision is not known, if precision is "bf16"
-            and the parameters are not float32, or if a layer that is to learn has an activation without a derivative.
+        ValueError: if engine is "epoch" and it cannot, if engine or precision is not known, or if precision is "bf16"
+            and the parameters are not float32; whatever the engine, if a layer that is to learn has an activation
+            without a derivative, or an :class:`torch_mlp.nn.MLP` with another head than "multiclass" is to be trained
+            by the softmax cross-entropy.
 
     Example:
         >>> choose_engine(nn.MLP(64, [32], 10)), choose_engine(nn.MLP(64, [32], 10).half())
@@ -116,6 +118,12 @@ def choose_engine(
         raise ValueError(f"train_epoch: expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "bf16" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("train_epoch: expected float32 parameters with precision bf16, got others")
+    is_softmax = isinstance(criterion, torch.nn.CrossEntropyLoss | None)
+    if is_softmax and isinstance(model, nn.MLP) and model.head != "multiclass":
+        raise ValueError(
+            "train_epoch: expected a model with head multiclass for the softmax cross-entropy, or a criterion of its "
+            f"own, got head {model.head}"
+        )
     if engine not in ENGINES:
         raise ValueError(f"train_epoch: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
     for name, module in model.named_modules():

@@ -5,6 +5,7 @@ from torch_mlp.nn.logistic_regression import LogisticRegression
 from torch_mlp.nn.loss import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 from torch_mlp.nn.mlp import MLP
 from torch_mlp.nn.perceptron import Perceptron
+from torch_mlp.nn.summary import summary
 
 __all__ = [
     "MLP",
@@ -15,4 +16,5 @@ __all__ = [
     "LinearSigmoid",
     "LogisticRegression",
     "Perceptron",
+    "summary",
 ]
