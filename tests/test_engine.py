@@ -70,3 +70,29 @@ def test_models_the_op_cannot_train(model, sentence):
     with pytest.raises(ValueError, match=f"train_epoch: .*{sentence}.*; use the engine autograd"):
         train_epoch(model, images, labels, batch_size=10, lr=0.1, engine="epoch")
     assert choose_engine(model) == "autograd"
+
+
+@pytest.mark.parametrize("engine", ["auto", "epoch", "autograd"])
+@pytest.mark.parametrize("criterion", [None, nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss(label_smoothing=0.1)])
+@pytest.mark.parametrize("head", ["regression", "binary"])
+def test_the_softmax_cross_entropy_is_not_the_loss_of_another_head(head, criterion, engine):
+    images, labels = some_data()
+    model = nn.MLP(40, [12], 5, head=head)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    sentence = f"train_epoch: expected a model with head multiclass for the softmax cross-entropy, .*got head {head}"
+    with pytest.raises(ValueError, match=sentence):
+        train_epoch(model, images, labels, batch_size=10, lr=0.1, criterion=criterion, engine=engine)
+    assert all(torch.equal(left, right) for left, right in zip(before, model.parameters(), strict=True))
+
+
+def test_another_head_is_trained_by_a_criterion_of_its_own():
+    class OneAgainstTheRest(torch.nn.Module):
+        def forward(self, logits, labels):
+            target = torch.nn.functional.one_hot(labels, 5).to(logits.dtype)
+            return torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
+
+    images, labels = some_data()
+    model, criterion = nn.MLP(40, [12], 5, head="binary"), OneAgainstTheRest()
+    assert choose_engine(model, criterion) == "autograd"
+    losses = [train_epoch(model, images, labels, batch_size=20, lr=0.5, criterion=criterion) for _ in range(20)]
+    assert losses[-1] < losses[0]

@@ -184,3 +184,9 @@ def test_a_diverged_epoch_is_taken_back(digits, engine):
 def test_option_errors(digits, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         next(training.train(nn.MLP(64, 4, 10), nn.CrossEntropyLoss(), digits, progress=False, **options))
+
+
+def test_a_head_without_softmax(digits):
+    run = training.train(nn.MLP(64, 4, 10, head="binary"), nn.CrossEntropyLoss(), digits, progress=False)
+    with pytest.raises(ValueError, match="expected a model with head multiclass for the softmax cross-entropy"):
+        next(run)

@@ -29,6 +29,7 @@ def save(model: MLP, path: str | Path) -> None:
         "out_features": model.out_features,
         "activation": model.activation,
         "bias": "0.bias" in model.state_dict(),
+        "head": model.head,
     }
     path = Path(path)
     partial = path.with_name(path.name + ".part")
@@ -53,6 +54,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> MLP:
     if architecture is None:
         raise ValueError(f"load: expected a safetensors file written by torch_mlp, got {path} without an architecture")
     dtype = next(iter(state.values())).dtype
+    # Files of before there were heads name none, and mean the default.
     model = MLP(**json.loads(architecture), device=device, dtype=dtype)
     model.load_state_dict(state)
     return model

@@ -106,7 +106,8 @@ def choose_engine(
 
     Raises:
         ValueError: if engine is "epoch" and it cannot, if engine or precision is not known, or if precision is "bf16"
-            and the parameters are not float32.
+            and the parameters are not float32; whatever the engine, if an :class:`torch_mlp.nn.MLP` with another head
+            than "multiclass" is to be trained by the softmax cross-entropy.
 
     Example:
         >>> choose_engine(nn.MLP(64, [32], 10)), choose_engine(nn.MLP(64, [32], 10).half())
@@ -116,6 +117,12 @@ def choose_engine(
         raise ValueError(f"train_epoch: expected precision to be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision == "bf16" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("train_epoch: expected float32 parameters with precision bf16, got others")
+    is_softmax = isinstance(criterion, torch.nn.CrossEntropyLoss | None)
+    if is_softmax and isinstance(model, nn.MLP) and model.head != "multiclass":
+        raise ValueError(
+            "train_epoch: expected a model with head multiclass for the softmax cross-entropy, or a criterion of its "
+            f"own, got head {model.head}"
+        )
     if engine not in ENGINES:
         raise ValueError(f"train_epoch: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
     if engine == "autograd":

@@ -116,7 +116,8 @@ def train_epoch(
         IndexError: if a label or an index is out of range.
         KeyboardInterrupt: after Ctrl-C, between two minibatches; the model holds what it has learned so far.
         RuntimeError: if a shape or dtype does not fit.
-        ValueError: if an option is not known or out of its range, or the engine cannot train this model.
+        ValueError: if an option is not known or out of its range, or the engine cannot train this model, or an MLP with
+            another head than "multiclass" comes without a criterion of its own.
 
     Example:
         >>> import torch_mlp
