@@ -1,5 +1,6 @@
 """Sigmoid and binary cross-entropy, of logits and of a linear layer's output."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import _reduction as torch_reduction
 from torch_mlp import ops
 from torch_mlp.functional.arguments import autocast, check_reduction, is_autocasting
 from torch_mlp.functional.linear_act import linear_act
+from torch_mlp.ops.binary_cross_entropy import add_l2_penalty
 from torch_mlp.ops.transforms import in_transform
 
 
@@ -84,6 +86,7 @@ def linear_binary_cross_entropy(
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
+    weight_decay: float = 0.0,
 ) -> Tensor:
     r"""The loss of a binary or multi-label classifier's last layer as one autograd node.
 
@@ -98,6 +101,8 @@ def linear_binary_cross_entropy(
         weight: a factor for each logit, if given.
         pos_weight: a factor for the positive class of each logit, if given.
         reduction: "none", "mean" or "sum".
+        weight_decay: this much times half the square of the norm of linear_weight (not of the bias) is added to the
+            loss after it is reduced to its mean or sum: the negative logarithm of a Gaussian prior.
 
     Shape:
         - input: :math:`(*, in\_features)`, any leading dimensions, float64, float32, bfloat16 or float16
@@ -111,16 +116,21 @@ def linear_binary_cross_entropy(
 
     Raises:
         The errors of :func:`linear_act` and :func:`binary_cross_entropy_with_logits`.
+        ValueError: if the weight decay is negative, not finite, or not 0 with reduction "none".
 
     Example:
         >>> input, target = torch.randn(64, 784), torch.randint(2, (64,)).float()
         >>> linear_binary_cross_entropy(input, torch.zeros(1, 784), target, linear_bias=torch.zeros(1))
         tensor(0.6931)
 
-    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.2.
+    Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.2; the penalty: section 3.1.4.
     """
     op = "linear_binary_cross_entropy"
     check_reduction(op, reduction)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"{op}: expected weight_decay to be finite and at least 0, got {weight_decay}")
+    if weight_decay and reduction == "none":
+        raise ValueError(f"{op}: expected reduction mean or sum with weight_decay, which no one logit has, got none")
     if linear_weight.dim() != 2:
         shape = tuple(linear_weight.shape)
         raise RuntimeError(f"{op}: expected linear_weight of shape (out_features, in_features), got {shape}")
@@ -133,8 +143,11 @@ def linear_binary_cross_entropy(
         t is not None and (t.dtype != input.dtype or t.is_cuda != input.is_cuda) for t in (target, weight, pos_weight)
     ):
         logits = linear_act(input, linear_weight, linear_bias, "identity").reshape(target.shape)
-        return binary_cross_entropy_with_logits(logits, target, weight, reduction=reduction, pos_weight=pos_weight)
-    return ops.linear_binary_cross_entropy(input, linear_weight, linear_bias, target, weight, pos_weight, reduction)
+        loss = binary_cross_entropy_with_logits(logits, target, weight, reduction=reduction, pos_weight=pos_weight)
+        return add_l2_penalty(loss, linear_weight, weight_decay)
+    return ops.linear_binary_cross_entropy(
+        input, linear_weight, linear_bias, target, weight, pos_weight, reduction, weight_decay
+    )
 
 
 def _check_binary_cross_entropy(

@@ -7,7 +7,9 @@ With s = sigmoid(x), target y, weights w and p (pos_weight), each 1 where it is 
     dl/dy = w b,  b = p softplus(-x) - softplus(x)
     da/dx = (1 - y + p y) s (1 - s)      da/dy = db/dx = -(s + p (1 - s))      db/dy = 0
 
-and "mean" divides by the number of elements. (Bishop, Pattern Recognition and Machine Learning, 2006, section 4.3.2.)
+and "mean" divides by the number of elements. The second op may add weight_decay / 2 * ||W||^2 to the reduced loss, W
+being the matrix of the linear map, and so weight_decay * W to the gradient of W. (Bishop, Pattern Recognition and
+Machine Learning, 2006, section 4.3.2; the penalty: section 3.1.4.)
 """
 
 from typing import Any
@@ -168,8 +170,16 @@ class BinaryCrossEntropy(torch.autograd.Function):
         return *backward(grad_output, *ctx.saved_tensors, ctx.reduction, *ctx.needs_input_grad[:2]), None, None, None
 
 
+def add_l2_penalty(loss: Tensor, linear_weight: Tensor, weight_decay: float) -> Tensor:
+    """loss + weight_decay / 2 * ||W||^2, the squares of dtypes of 16 bits in float32, where none overflows."""
+    if not weight_decay:
+        return loss
+    dtype = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
+    return (loss + weight_decay / 2 * linear_weight.to(dtype).square().sum()).to(loss.dtype)
+
+
 class LinearBinaryCrossEntropy(torch.autograd.Function):
-    """The loss of the logits of a linear map: loss, then the logits.
+    """The loss of the logits of a linear map, with the penalty of its matrix: loss, then the logits.
 
     The logits are an output of the node, although nobody sees them: the backward pass can then be differentiated again,
     for what it saves is part of the graph.
@@ -185,12 +195,14 @@ class LinearBinaryCrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         pos_weight: Tensor | None,
         reduction: str,
+        weight_decay: float,
     ) -> tuple[Tensor, Tensor]:
         """Loss of the shape of target for reduction "none", else (); the logits (*, out_features)."""
         logits = linear_op(input, linear_weight, linear_bias, "identity")
         loss = forward_op(logits.view(target.shape), target, weight, pos_weight, reduction)
+        loss = add_l2_penalty(loss, linear_weight, weight_decay)
         ctx.save_for_backward(input, linear_weight, logits, target, weight, pos_weight)
-        ctx.reduction = reduction
+        ctx.reduction, ctx.weight_decay = reduction, weight_decay
         ctx.set_materialize_grads(False)
         return loss, logits
 
@@ -213,9 +225,13 @@ class LinearBinaryCrossEntropy(torch.autograd.Function):
                 by_logits = by_logits.view(logits.shape)
                 grad_logits = by_logits if grad_logits is None else grad_logits + by_logits
         if grad_logits is None:
-            return None, None, None, grad_target, None, None, None
-        grads = linear_backward(grad_logits, input, linear_weight, logits, "identity", needs_linear)
-        return *grads, grad_target, None, None, None
+            return None, None, None, grad_target, *(None,) * 4
+        by_input, by_weight, by_bias = linear_backward(
+            grad_logits, input, linear_weight, logits, "identity", needs_linear
+        )
+        if ctx.weight_decay and by_weight is not None and grad_loss is not None:
+            by_weight = torch.addcmul(by_weight, grad_loss, linear_weight, value=ctx.weight_decay)
+        return by_input, by_weight, by_bias, grad_target, *(None,) * 4
 
 
 def binary_cross_entropy(
@@ -235,9 +251,13 @@ def linear_binary_cross_entropy(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
+    weight_decay: float,
 ) -> Tensor:
     """The one entry of the loss with its linear map."""
     if is_composed(input):
         logits = torch.nn.functional.linear(input, linear_weight, linear_bias)
-        return reference(logits.reshape(target.shape), target, weight, pos_weight, reduction)
-    return LinearBinaryCrossEntropy.apply(input, linear_weight, linear_bias, target, weight, pos_weight, reduction)[0]
+        loss = reference(logits.reshape(target.shape), target, weight, pos_weight, reduction)
+        return add_l2_penalty(loss, linear_weight, weight_decay)
+    return LinearBinaryCrossEntropy.apply(
+        input, linear_weight, linear_bias, target, weight, pos_weight, reduction, weight_decay
+    )[0]
