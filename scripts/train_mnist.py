@@ -43,7 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     model = parser.add_argument_group("model")
     model.add_argument("--hidden", type=positive, nargs="*", default=HIDDEN, metavar="WIDTH", help="hidden layers")
-    model.add_argument("--activation", choices=torch_mlp.functional.ACTIVATIONS, default="sigmoid")
+    differentiable = [name for name, act in torch_mlp.functional.ACTIVATIONS.items() if act.derivative]
+    model.add_argument("--activation", choices=differentiable, default="sigmoid")
     model.add_argument("--init", choices=("default", "gaussian"), default="default", help="torch's or N(0, 0.1^2)")
 
     sgd = parser.add_argument_group("minibatch SGD")
