@@ -144,7 +144,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grads = _differentiable_backward(grad_output, grad_lse, *saved, *ctx.options)
         elif ctx.has_grads:
             scale = torch.Tensor.mul_ if _is_last_use(grad_output) else torch.Tensor.mul
-            grads = tuple(scale(grad, grad_output) for grad in (of_input, of_weight, of_bias))
+            grads = scale(of_input, grad_output), scale(of_weight, grad_output), scale(of_bias, grad_output)
         else:
             grads = backward_op(grad_output, grad_lse, *saved, *ctx.options, *needs_grad)
         return *only_needed(grads, needs_grad), *(None,) * 7
