@@ -90,7 +90,7 @@ def test_labels_are_left_as_they_are(device):
         (torch.tensor([0.0, math.nan, 1.0]), "got 0, 1, nan$"),
         (torch.tensor([0, -1, 1]), "got -1, 0, 1$"),
         (torch.tensor([255, 1, 1], dtype=torch.uint8), "got 1, 255$"),
-        (torch.tensor([1.0, 1.0, 1.0 + 1e-6]), "got 1, 1"),
+        (torch.tensor([1.0, 1.0, 1.0 + 1e-12], dtype=torch.float64), "got 1, 1$"),
         (torch.tensor([1.0, 0.0, 1.0]).cfloat(), "expected target of an integer, floating-point or bool dtype, got"),
         (torch.tensor([0, 1]), r"expected target of shape \(3,\), got \(2,\)"),
         (torch.tensor([[0, 1, 1]]), r"expected target of shape \(3,\), got \(1, 3\)"),

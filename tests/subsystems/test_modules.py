@@ -150,7 +150,7 @@ CHANGES = {
     "spectral_norm": lambda part: parametrizations.spectral_norm(part, n_power_iterations=5),
     "orthogonal": parametrizations.orthogonal,
     "parametrize": lambda part: parametrize.register_parametrization(part, "weight", Halved()),
-    "prune": lambda part: prune.l1_unstructured(part, "weight", amount=7),
+    "prune": lambda part: prune.l1_unstructured(part, "weight", amount=0.35),
     "prune, for good": lambda part: prune.remove(prune.random_structured(part, "weight", amount=1, dim=0), "weight"),
     "frozen": lambda part: part.weight.requires_grad_(False),
 }
