@@ -2,7 +2,12 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from torch_mlp import data
 
 
 def demo_parser(description: str | None, picture: str) -> argparse.ArgumentParser:
@@ -19,6 +24,19 @@ def demo_parser(description: str | None, picture: str) -> argparse.ArgumentParse
     )
     parser.add_argument("--seed", type=seed, default=0, help="of all that is random")
     return parser
+
+
+def add_data_options(parser: argparse._ActionsContainer) -> None:
+    """The options that say which data set, where it lies, and how much of it."""
+    parser.add_argument("--dataset", choices=data.DATASETS, default="auto", help="auto: mnist, else digits")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path(os.environ.get("TORCH_MLP_DATA", "data")),
+        metavar="DIR",
+        help="where DIR/MNIST/raw is, or is downloaded to",
+    )
+    parser.add_argument("--limit", type=positive, default=None, metavar="N", help="use only the first N images")
 
 
 def positive(text: str) -> int:
@@ -51,3 +69,24 @@ def threads(text: str) -> int:
     if positive(text) > (cores := os.cpu_count() or 1):
         raise argparse.ArgumentTypeError(f"expected at most {cores}, the cores of this machine, got {text}")
     return int(text)
+
+
+def load_demo_data(arguments: argparse.Namespace) -> data.Dataset:
+    """The data set of :func:`add_data_options`; "auto" takes MNIST only if it is on disk. Exits where it is damaged."""
+    name = arguments.dataset
+    if name == "auto" and not (arguments.data_dir / "MNIST").is_dir():
+        print(f"MNIST is not in {arguments.data_dir}; --dataset mnist downloads it. Taking the 8x8 digits instead.")
+        name = "digits"
+    try:
+        dataset = data.load(name, arguments.data_dir)
+    except data.DataError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    return dataset.first(arguments.limit) if arguments.limit else dataset
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a picture, and name it in a last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"picture: {path}")

@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from options import not_negative, positive, seed, threads
+from options import add_data_options, not_negative, positive, seed, threads
 
 import torch_mlp
 from torch_mlp import checkpoint, data, plot, training
@@ -74,15 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     machine.add_argument("--threads", type=threads, default=None, metavar="N", help="CPU threads (default: torch's)")
 
     files = parser.add_argument_group("data and results")
-    files.add_argument("--dataset", choices=data.DATASETS, default="auto", help="auto: mnist, else digits")
-    files.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("TORCH_MLP_DATA", "data")),
-        metavar="DIR",
-        help="where DIR/MNIST/raw is, or is downloaded to",
-    )
-    files.add_argument("--limit", type=positive, default=None, metavar="N", help="use only the first N images")
+    add_data_options(files)
     files.add_argument("--output-dir", type=Path, default=Path("runs/mnist"), metavar="DIR")
     files.add_argument("--reference", action="store_true", help="also train the same network of stock torch layers")
     return parser.parse_args()

@@ -33,6 +33,19 @@ class Learner(Protocol):
         """A mean over the samples, of shape ()."""
 
 
+@torch.no_grad()
+def mean_loss(model: Learner, input: Tensor, target: Tensor) -> float:
+    """The mean loss over all samples, in parts, so that memory does not bound their number.
+
+    Example:
+        >>> from torch_mlp import nn
+        >>> mean_loss(nn.MLP(3, 8, 2), torch.zeros(10_000, 3), torch.zeros(10_000, dtype=torch.int64)) > 0
+        True
+    """
+    parts = zip(input.split(_EVALUATION_BATCH), target.split(_EVALUATION_BATCH), strict=True)
+    return sum(model.loss(part, part_target).item() * len(part) for part, part_target in parts) / len(input)
+
+
 def minibatch_sgd(
     model: Learner,
     input: Tensor,
@@ -107,7 +120,7 @@ def minibatch_sgd(
     recorded = [torch.empty_like(weight) for weight in weights]
 
     def record() -> float:
-        loss = _loss_over_all(model, input, target)
+        loss = mean_loss(model, input, target)
         if not math.isfinite(loss):
             _copy(recorded if records else weights, weights)
             remedy = "a lower learning rate may help" if records else "so it is before the first step"
@@ -229,13 +242,6 @@ def _minibatches(
             order = sample_order(len(input), sampling, generator or torch.default_generator).to(input.device)
             for index in order.split(batch_size):
                 yield input[index], target[index]
-
-
-@torch.no_grad()
-def _loss_over_all(model: Learner, input: Tensor, target: Tensor) -> float:
-    """The mean loss over all samples, in parts, so that memory does not bound their number."""
-    parts = zip(input.split(_EVALUATION_BATCH), target.split(_EVALUATION_BATCH), strict=True)
-    return sum(model.loss(part, part_target).item() * len(part) for part, part_target in parts) / len(input)
 
 
 @torch.no_grad()

@@ -1,0 +1,88 @@
+"""scripts/optimizers.py and scripts/landscape.py, run as their users run them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+
+
+def run(folder, script, *options, code=0):
+    command = [sys.executable, str(SCRIPTS / script), *map(str, options)]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_MLP_DATA"}
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == code, finished.stderr
+    return finished
+
+
+def assert_picture(path):
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_optimizers(tmp_path):
+    """On the digits where there is no MNIST, without a download; each line is of one method."""
+    output = tmp_path / "new" / "folder" / "curves.png"
+    options = ("--limit", 200, "--passes", 2, "--batch-size", 30, "--output", output)
+    finished = run(tmp_path, "optimizers.py", *options)
+    assert "MNIST is not in data; --dataset mnist downloads it. Taking the 8x8 digits instead." in finished.stdout
+    assert "digits: 200 images; network 64-64-10, tanh" in finished.stdout
+    row = r"^(gradient descent|SGD|minibatch SGD) +(\d+) +([\d.]+) +(\d+) +([\d.]+) +[\d.]+ +([\d.]+)$"
+    rows = re.findall(row, finished.stdout, re.MULTILINE)
+    assert [row[:5] for row in rows] == [
+        ("gradient descent", "200", "0.3", "20", "20.00"),
+        ("SGD", "1", "0.005", "40", "0.20"),
+        ("minibatch SGD", "30", "0.1", "14", "2.00"),
+    ]
+    assert all(float(row[5]) < 2.3 for row in rows)
+    reached = re.findall(r"^(.*\S) +([\d.]+) passes +[\d.]+ seconds$", finished.stdout, re.MULTILINE)
+    assert [name for name, _ in reached] == [row[0] for row in rows]
+    assert float(reached[2][1]) < float(reached[0][1])  # minibatch SGD comes there in fewer passes
+    assert finished.stdout.splitlines()[-1] == f"picture: {output}"
+    assert finished.stderr == ""  # no progress bar, where there is no terminal
+    assert_picture(output)
+
+
+def test_landscape(tmp_path):
+    options = ("--dataset", "digits", "--points", 7, "--passes", 4, "--output", "landscape.png")
+    finished = run(tmp_path, "landscape.py", *options)
+    losses = re.findall(r"^(.*), seed (\d): loss ([\d.]+), trained ([\d.]+)$", finished.stdout, re.MULTILINE)
+    assert [(name, seed) for name, seed, _, _ in losses] == [
+        (name, seed) for name in ("multilayer perceptron", "softmax regression") for seed in "01"
+    ]
+    assert all(float(after) < 0.5 * float(before) for _, _, before, after in losses)
+    assert re.search(r"^multilayer perceptron .* not convex: up to [\d.]+ above", finished.stdout, re.MULTILINE)
+    assert re.search(r"^softmax regression .* nowhere above the chord$", finished.stdout, re.MULTILINE)
+    for name, *numbers in re.findall(
+        r"^(multi.*n|softmax.*n) +([\d.]+) and ([\d.]+) .* mean ([\d.]+), ([\d.]+) midway",
+        finished.stdout,
+        re.MULTILINE,
+    ):
+        begin, end, mean, middle = map(float, numbers)
+        assert mean == pytest.approx((begin + end) / 2, abs=1e-4)
+        assert (middle > mean) == (name == "multilayer perceptron")
+    assert finished.stdout.splitlines()[-1] == "picture: landscape.png"
+    assert_picture(tmp_path / "landscape.png")
+
+
+@pytest.mark.parametrize("script", ["optimizers.py", "landscape.py"])
+def test_help_and_bad_values(tmp_path, script):
+    explained = " ".join(run(tmp_path, script, "--help").stdout.split())
+    assert f"(default: runs/{script[:-3]}.png)" in explained
+    finished = run(tmp_path, script, "--passes", 0, code=2)
+    assert finished.stderr.endswith("argument --passes: expected a positive integer, got 0\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["optimizers.py", "landscape.py"])
+def test_damaged_data_stops_the_script(tmp_path, script):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01")
+    finished = run(tmp_path, script, "--data-dir", tmp_path, code=2)
+    assert re.fullmatch(rf"{script}: .*train-images-idx3-ubyte is truncated or corrupt .*\n", finished.stderr)
