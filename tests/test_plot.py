@@ -40,6 +40,18 @@ def test_training_report_without_an_epoch():
     assert figure.subfigs[0].axes[0].get_legend() is None
 
 
+def test_weight_norms(tmp_path):
+    figure = plot.weight_norms({0.0: [0.5, 1.0, 1.5], 0.01: [0.5, 0.8]})
+    (axes,) = figure.axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2, 3], [1, 2]]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 1.0, 1.5], [0.5, 0.8]]
+    assert [line.get_label() for line in axes.lines] == ["0", "0.01"]
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("step", r"$\|w\|$", "log")
+    figure.savefig(tmp_path / "norms.png")
+    assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+
+
 def texts(figure):
     """Every text that is drawn, and the rectangle that it fills."""
     canvas = FigureCanvasAgg(figure)

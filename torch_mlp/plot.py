@@ -1,4 +1,4 @@
-"""Pictures of a training run, and of what the lecture shows of a network."""
+"""Pictures of a training run, and of the lecture's demonstrations."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +69,34 @@ def training_report(
             index = wrong[place]
             axes.imshow(images[index].numpy(), cmap="gray_r")
             axes.set_title(f"{labels[index]} taken for {predictions[index]}", fontsize=8)
+    return figure
+
+
+def weight_norms(histories: Mapping[float, Sequence[float]]) -> Figure:
+    """Draw how the norm of the weights moves in the steps of a descent, a line for each weight decay.
+
+    Where a line separates two classes, logistic regression without weight decay has no minimum: the norm grows for
+    ever, as the logarithm of the steps. On the logarithmic axis that is a straight line.
+
+    Args:
+        histories: for each weight decay the norm ||w|| after each step.
+
+    Returns:
+        A figure.
+
+    Example:
+        >>> figure = weight_norms({0.0: [0.5, 1.0, 1.5], 0.1: [0.5, 0.8, 0.9]})
+        >>> figure.axes[0].get_legend().get_title().get_text()
+        'weight decay'
+    """
+    figure = Figure(figsize=(6.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=_COLORS)
+    for weight_decay, norms in histories.items():
+        axes.plot(range(1, len(norms) + 1), norms, label=f"{weight_decay:g}")
+    axes.set(title="norm of the weights", xlabel="step", ylabel=r"$\|w\|$", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(title="weight decay")
     return figure
 
 

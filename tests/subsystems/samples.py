@@ -351,6 +351,9 @@ LAYERS: dict[str, dict[str, Callable[[str, torch.dtype], LayerSample]]] = {
             rows,
         )
     },
+    "LogisticRegression": {
+        "": layer(lambda: nn.LogisticRegression(IN), lambda: torch.nn.Linear(IN, 1), rows),
+    },
     "CrossEntropyLoss": {"": loss_layer(), "weight, label_smoothing": loss_layer(label_smoothing=0.1)},
     "BCEWithLogitsLoss": {
         "": binary_loss(),
