@@ -2,7 +2,11 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
+from typing import NoReturn
+
+from matplotlib.figure import Figure
 
 
 def demo_parser(description: str | None, picture: str) -> argparse.ArgumentParser:
@@ -51,3 +55,21 @@ def threads(text: str) -> int:
     if positive(text) > (cores := os.cpu_count() or 1):
         raise argparse.ArgumentTypeError(f"expected at most {cores}, the cores of this machine, got {text}")
     return int(text)
+
+
+def fail(message: str) -> NoReturn:
+    """Exit with code 2 and one sentence."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a picture, and name it in a last line."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        fail(f"--output {path} cannot be written: {error.strerror}")
+    except ValueError as error:  # a format that matplotlib does not know
+        fail(f"--output {path} cannot be written: {error}")
+    print(f"picture: {path}")
