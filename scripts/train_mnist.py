@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from options import add_data_options, not_negative, positive, seed, threads
+from options import add_data_options, fail, not_negative, positive, seed, threads
 
 import torch_mlp
 from torch_mlp import checkpoint, data, plot, training
@@ -87,12 +87,6 @@ def choose_device(name: str) -> str:
         reason = "torch_mlp was built without CUDA" if torch.cuda.is_available() else "torch finds no CUDA device"
         fail(f"--device cuda: {reason}; use --device cpu")
     return "cuda" if usable and name != "cpu" else "cpu"
-
-
-def fail(message: str) -> None:
-    """Exit with code 2 and one sentence."""
-    print(f"train_mnist.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def stock_twin(model: torch_mlp.nn.MLP) -> torch.nn.Sequential:

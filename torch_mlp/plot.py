@@ -124,7 +124,7 @@ def decision_regions(predictors: Mapping[str, Callable[[Tensor], Tensor]], input
         >>> figure.axes[0].get_title()
         'x1 > 1/2: 100 %'
     """
-    figure = Figure(figsize=(3.3 * len(predictors) + 0.3, 4.1), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(predictors) + 0.3, 4.5), layout="constrained")
     classes = range(int(target.max()) + 1)
     low, high = input.min(0).values, input.max(0).values
     margin = 0.4 * (high - low)
@@ -157,7 +157,8 @@ def decision_regions(predictors: Mapping[str, Callable[[Tensor], Tensor]], input
         accuracy = 100 * (1 - wrong.double().mean().item())
         axes.set(title=f"{name}: {accuracy:.0f} %", xlabel="$x_1$", aspect="equal")
     panels[0].set_ylabel("$x_2$")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(classes) + 1)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=0.7, frameon=False)
     return figure
 
 
