@@ -12,7 +12,7 @@ namespace torch_mlp {
 namespace {
 
 // So many blocks keep the device busy; their threads stride.
-constexpr int64_t kMostBlocks = 4096;
+constexpr int64_t kBusyBlocks = 4096;
 
 template <typename pixel_t, typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-unsigned int grid_for(int64_t threads) { return grid_of(ceil_div(threads, kThreads), kMostBlocks); }
+unsigned int grid_for(int64_t threads) { return blocks_of(threads, kThreads, kBusyBlocks); }
 
 struct Cuda {
   static constexpr auto linear_act = linear_act_cuda;
