@@ -22,7 +22,7 @@ int phase_of_both(int one, int other) { return one == other ? one : -1; }
 
 // of_rows: the loss of each row in double, for the sum over them; loss where it is wanted (null otherwise).
 template <int lanes, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     probabilities_kernel(const scalar_t* __restrict__ input, const scalar_t* __restrict__ target, int phase,
                          scalar_t* __restrict__ loss, double* __restrict__ of_rows,
                          compute_t<scalar_t>* __restrict__ lse, int64_t rows, int64_t classes) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_stride is 0 where one gradient serves all rows; grad_lse, grad_input and grad_target are null where they are not
 // there or not wanted; phase is that of all tensors, negative where they differ.
 template <int lanes, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     probabilities_backward_kernel(const scalar_t* __restrict__ grad_output, int64_t grad_stride, double divisor,
                                   const compute_t<scalar_t>* __restrict__ grad_lse, const scalar_t* __restrict__ input,
                                   const scalar_t* __restrict__ target, int phase,

@@ -13,11 +13,6 @@
 namespace torch_mlp {
 namespace {
 
-// The blocks that a multiprocessor has to hold at once. Left to itself, the compiler would save so many registers for
-// more of them that it spills.
-template <typename scalar_t>
-constexpr int kMinBlocks = std::is_same_v<scalar_t, double> ? 2 : 4;
-
 // In double, as are the few operations done once for a row: only the work on each element is worth rounding for speed.
 struct Options {
   int64_t ignore_index;
