@@ -20,18 +20,14 @@
 namespace torch_mlp {
 namespace {
 
-// A block's sum of the weights of its targets, as a partial sum for sum_losses beside a loss of 0. A wrong target
-// counts nothing here, and stops cross_entropy_kernel.
+// A block's sum of the weights of its targets, as a partial sum for sum_losses beside a loss of 0.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     target_weight_kernel(const int64_t* __restrict__ target, const scalar_t* __restrict__ weight,
                          double* __restrict__ partials, int64_t rows, int64_t classes, int64_t ignore_index) {
   double sum = 0;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows; i += int64_t(gridDim.x) * kThreads) {
-    const int64_t label = target[i];
-    if (label != ignore_index && label >= 0 && label < classes) {
-      sum += weight ? double(compute_t<scalar_t>(weight[label])) : 1.0;
-    }
+    sum += target_weight(target[i], weight, classes, ignore_index);
   }
   sum = block_reduce(sum, Add{});
   if (threadIdx.x == 0) {
