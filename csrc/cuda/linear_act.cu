@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                                int64_t block_rows) {
   using compute = compute_t<scalar_t>;
   const int64_t packs = cols / width, col = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t begin = blockIdx.y * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
+  const int64_t begin = int64_t(blockIdx.y) * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
   compute sums[width] = {};
   if (col < packs) {
 #pragma unroll 2
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         if (gridDim.y == 1) {
           gb[col * width + j] = sums[j];
         } else {
-          partials[blockIdx.y * cols + col * width + j] = sums[j];
+          partials[int64_t(blockIdx.y) * cols + col * width + j] = sums[j];
         }
       }
     }
