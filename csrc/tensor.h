@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "ceil_div.h"
 #include "checks.h"
 
 namespace torch_mlp {
@@ -25,8 +26,6 @@ using torch::stable::Tensor;
 // The type in which values of scalar_t are computed.
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A new tensor on the device of `like`.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {

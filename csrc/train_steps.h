@@ -5,6 +5,8 @@
 // All of it is queued on the current stream and nothing is read back, so that a CUDA graph can capture it.
 #pragma once
 
+#include <torch/headeronly/macros/Macros.h>
+
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -34,6 +36,17 @@ struct ParameterStep {
   double lr, momentum, weight_decay;
   const Tensor* copy;  // becomes value, in another dtype; or null
 };
+
+// The step of one element of the value; velocity is null where there is none.
+template <typename T>
+C10_HOST_DEVICE void sgd_step(T& value, T* velocity, T gradient, T lr, T momentum, T weight_decay) {
+  T direction = weight_decay * value + gradient;
+  if (velocity) {
+    direction += momentum * *velocity;
+    *velocity = direction;
+  }
+  value -= lr * direction;
+}
 
 // Some elements of a contiguous vector.
 inline Tensor elements_of(const Tensor& self, int64_t begin, int64_t count) {

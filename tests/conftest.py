@@ -1,6 +1,7 @@
 """What several test files share: the devices, the real data, and how an error is measured."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported, see scripts/train_mnist.py
@@ -40,6 +41,15 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and (reason := why_no_cuda()):
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """The C++ compiler, for tests that are written in C++."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("needs g++ or clang++")
+    return found
 
 
 @pytest.fixture(scope="session")

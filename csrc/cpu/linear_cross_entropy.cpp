@@ -135,8 +135,7 @@ double total_weight_of(const Arguments& of, int64_t ignore_index) {
   const scalar_t* weight = weight_of<scalar_t>(of);
   const int64_t classes = of.linear_weight.size(0);
   return std::accumulate(target, target + of.target.numel(), 0.0, [&](double sum, int64_t label) {
-    const bool counts = label != ignore_index && uint64_t(label) < uint64_t(classes);
-    return sum + (!counts ? 0.0 : weight ? double(weight[label]) : 1.0);
+    return sum + target_weight(label, weight, classes, ignore_index);
   });
 }
 

@@ -52,12 +52,7 @@ struct Cpu {
            *velocity = self.velocity ? self.velocity->mutable_data_ptr<double>() : nullptr;
     const double* gradient = self.gradient.const_data_ptr<double>();
     for (int64_t i = 0; i < self.value.numel(); ++i) {
-      double direction = self.weight_decay * value[i] + gradient[i];
-      if (velocity) {
-        direction += self.momentum * velocity[i];
-        velocity[i] = direction;
-      }
-      value[i] -= self.lr * direction;
+      sgd_step(value[i], velocity ? velocity + i : nullptr, gradient[i], self.lr, self.momentum, self.weight_decay);
     }
   }
 };

@@ -16,9 +16,6 @@
 namespace torch_mlp {
 namespace {
 
-// The partial sums of the loss: at most this many. A few times the blocks that a large device holds at once, so that
-// none waits long for the last.
-constexpr int64_t kMaxSumBlocks = 4096;
 constexpr int64_t kMinPacksPerThread = 2;
 
 // The blocks that a multiprocessor has to hold at once. Left to itself, the compiler would save so many registers for
@@ -134,9 +131,8 @@ class Operands {
     return differs(elements.y) || std::any_of(others.begin(), others.end(), differs) ? -1 : phase;
   }
 
-  int64_t blocks(int64_t most) const {
-    constexpr int64_t of_block = kThreads * kMinPacksPerThread * kPackWidth<scalar_t>;
-    return std::clamp<int64_t>(ceil_div(elements.count, of_block), 1, most);
+  unsigned int blocks(int64_t most = kMaxBlocks) const {
+    return blocks_of(elements.count, kThreads * kMinPacksPerThread * kPackWidth<scalar_t>, most);
   }
 
   Elements<scalar_t> elements;
@@ -161,12 +157,12 @@ Tensor binary_cross_entropy_cuda(const Tensor& input, const Tensor& target, cons
     const Operands<scalar_t> operands(input, target, weight, pos_weight);
     scalar_t* to = loss.mutable_data_ptr<scalar_t>();
     scalar_t* losses = is_none ? to : nullptr;
-    const int64_t blocks = operands.blocks(kMaxSumBlocks);
+    const unsigned int blocks = operands.blocks(kMaxSumBlocks);
     const Tensor partials = empty({is_none ? 0 : blocks}, ScalarType::Double, input);
     double* sums = is_none ? nullptr : partials.mutable_data_ptr<double>();
     const cudaStream_t stream = current_stream(input);
     loss_kernel<scalar_t>
-        <<<grid_of(blocks), kThreads, 0, stream>>>(operands.elements, operands.common_phase({losses}), losses, sums);
+        <<<blocks, kThreads, 0, stream>>>(operands.elements, operands.common_phase({losses}), losses, sums);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (!is_none) {
       const double divisor = reduce == Reduction::Mean ? double(input.numel()) : 1.0;
@@ -197,8 +193,7 @@ std::tuple<Tensor, Tensor> binary_cross_entropy_backward_cuda(const Tensor& grad
     Operands<scalar_t> operands(input, target, weight, pos_weight);
     scalar_t* to_input = needs_grad_input ? grad_input.mutable_data_ptr<scalar_t>() : nullptr;
     scalar_t* to_target = needs_grad_target ? grad_target.mutable_data_ptr<scalar_t>() : nullptr;
-    const int64_t blocks = operands.blocks(std::numeric_limits<int64_t>::max());
-    gradient_kernel<scalar_t><<<grid_of(blocks), kThreads, 0, current_stream(input)>>>(
+    gradient_kernel<scalar_t><<<operands.blocks(), kThreads, 0, current_stream(input)>>>(
         operands.elements, operands.repeated(grad_output), reduce == Reduction::Mean ? double(input.numel()) : 1.0,
         operands.common_phase({to_input, to_target}), to_input, to_target);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,6 +1,6 @@
-// What the CUDA kernels share: the current stream, grids, 16-byte memory accesses, and reductions over the threads of a
-// warp or a block. The reductions combine in an order that is fixed by the shape of the block, so that their bits do
-// not change from run to run.
+// What the CUDA kernels share: the current stream, 16-byte memory accesses, and reductions over the threads of a warp
+// or a block. The reductions combine in an order that is fixed by the shape of the block, so that their bits do not
+// change from run to run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,24 +9,15 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/macros/Macros.h>
 
-#include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <limits>
-#include <type_traits>
 
 #include "../tensor.h"
+#include "launch.h"
 
 namespace torch_mlp {
 
 using torch::stable::accelerator::DeviceGuard;
-
-constexpr int kThreads = 256;  // of every block
-constexpr int kWarpThreads = 32;
-constexpr int kAccessBytes = 16;  // the widest load and store
-
-// How many elements one 16-byte access holds.
-template <typename scalar_t>
-constexpr int kPackWidth = kAccessBytes / int(sizeof(scalar_t));
 
 // The stream on which torch runs the operators on the device of self; a DeviceGuard for that device is held.
 inline cudaStream_t current_stream(const Tensor& self) {
@@ -35,26 +26,11 @@ inline cudaStream_t current_stream(const Tensor& self) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// A grid of that many blocks, or of as many as CUDA takes: the kernels stride over what is left.
-inline unsigned int grid_of(int64_t blocks, int64_t most = std::numeric_limits<int32_t>::max()) {
-  return static_cast<unsigned int>(std::max<int64_t>(1, std::min(blocks, most)));
-}
-
 // --- 16-byte accesses ---
 
 template <typename scalar_t, int width>
 struct alignas(sizeof(scalar_t) * width) Pack {
   scalar_t values[width];
-};
-
-// Where a pack lies in a row: the pack of that number behind the head. Kept apart from the number of its first element,
-// through which the compiler does not see that the access is aligned, and would store the elements one by one.
-template <int pack_width>
-struct PackIndex {
-  static constexpr int width = pack_width;
-  int64_t head, number;
-
-  __device__ int64_t first() const { return head + number * width; }
 };
 
 template <int width, typename scalar_t>
@@ -65,33 +41,6 @@ __device__ Pack<scalar_t, width> load(const scalar_t* row, PackIndex<width> at) 
 template <int width, typename scalar_t>
 __device__ void store(scalar_t* row, PackIndex<width> at, const Pack<scalar_t, width>& pack) {
   reinterpret_cast<Pack<scalar_t, width>*>(row + at.head)[at.number] = pack;
-}
-
-// How many elements a pointer lies past a 16-byte boundary. The host asks: in a kernel, the compiler loses track of
-// what a pointer may alias once its address is taken for a number.
-template <typename scalar_t>
-int phase_of(const scalar_t* pointer) {
-  return int(reinterpret_cast<uintptr_t>(pointer) % kAccessBytes / sizeof(scalar_t));
-}
-
-// Shares count adjacent elements among `lanes` threads, of which this is number `lane`; the first element lies `phase`
-// elements past a 16-byte boundary. Calls body with the PackIndex of each aligned pack, and of the few elements before
-// the first boundary and after the last one, as packs of one; all come alone where phase is negative. `unroll` accesses
-// of a thread are under way at once.
-template <typename scalar_t, int unroll = 2, typename Body>
-__device__ void for_each_pack(int64_t phase, int64_t count, int64_t lane, int64_t lanes, const Body& body) {
-  constexpr int width = kPackWidth<scalar_t>;
-  const int64_t before = -phase & (width - 1);
-  const int64_t head = phase >= 0 && before < count ? before : count;
-  const int64_t packs = (count - head) / width;
-#pragma unroll unroll
-  for (int64_t k = lane; k < packs; k += lanes) {
-    body(PackIndex<width>{head, k});
-  }
-#pragma unroll 1
-  for (int64_t k = lane; k < count - packs * width; k += lanes) {
-    body(PackIndex<1>{0, k < head ? k : k + packs * width});
-  }
 }
 
 // --- reductions ---

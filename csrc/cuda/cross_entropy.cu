@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& input, const
     compute* maximum = lse.mutable_data_ptr<compute>();
     const std::optional<Tensor> weight_sum = sum_of_weights<scalar_t>(w, label_smoothing);
     const cudaStream_t stream = current_stream(input);
-    const int64_t blocks = sum_blocks_of(rows, classes);
+    const unsigned int blocks = sum_blocks_of(rows, classes);
     const Tensor partials = empty({blocks, 2}, ScalarType::Double, input);
     cross_entropy_rows(x.const_data_ptr<scalar_t>(), y.const_data_ptr<int64_t>(), data_of<scalar_t>(w),
                        data_of<double>(weight_sum), is_none ? losses : nullptr, maximum, maximum + rows,

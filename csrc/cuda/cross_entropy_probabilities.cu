@@ -17,14 +17,12 @@
 namespace torch_mlp {
 namespace {
 
-constexpr int64_t kWarpClasses = 1024;  // up to so many classes a row belongs to a warp
-
 // Rows are read through packs only where input and target lie alike.
 int phase_of_both(int one, int other) { return one == other ? one : -1; }
 
 // of_rows: the loss of each row in double, for the sum over them; loss where it is wanted (null otherwise).
 template <int lanes, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     probabilities_kernel(const scalar_t* __restrict__ input, const scalar_t* __restrict__ target, int phase,
                          scalar_t* __restrict__ loss, double* __restrict__ of_rows,
                          compute_t<scalar_t>* __restrict__ lse, int64_t rows, int64_t classes) {
@@ -66,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 // grad_stride is 0 where one gradient serves all rows; grad_lse, grad_input and grad_target are null where they are not
 // there or not wanted; phase is that of all tensors, negative where they differ.
 template <int lanes, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     probabilities_backward_kernel(const scalar_t* __restrict__ grad_output, int64_t grad_stride, double divisor,
                                   const compute_t<scalar_t>* __restrict__ grad_lse, const scalar_t* __restrict__ input,
                                   const scalar_t* __restrict__ target, int phase,
@@ -114,15 +112,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Launch>
-void dispatch_lanes(int64_t classes, const Launch& launch) {
-  if (classes <= kWarpClasses) {
-    launch(std::integral_constant<int, kWarpThreads>{});
-  } else {
-    launch(std::integral_constant<int, kThreads>{});
-  }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> cross_entropy_probabilities_cuda(const Tensor& input, const Tensor& target,
@@ -144,11 +133,10 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_cuda(const Tensor& input,
     scalar_t* losses = loss.mutable_data_ptr<scalar_t>();
     const cudaStream_t stream = current_stream(input);
     if (rows > 0) {
-      dispatch_lanes(classes, [&](auto lanes) {
-        probabilities_kernel<lanes.value, scalar_t>
-            <<<grid_of(ceil_div(rows, kThreads / lanes.value)), kThreads, 0, stream>>>(
-                logits, targets, phase_of_both(phase_of(logits), phase_of(targets)), is_none ? losses : nullptr,
-                of_rows.mutable_data_ptr<double>(), lse.mutable_data_ptr<compute>(), rows, classes);
+      dispatch_lanes<kWarpThreads>(classes, [&](auto lanes) {
+        probabilities_kernel<lanes.value, scalar_t><<<blocks_of(rows, kThreads / lanes.value), kThreads, 0, stream>>>(
+            logits, targets, phase_of_both(phase_of(logits), phase_of(targets)), is_none ? losses : nullptr,
+            of_rows.mutable_data_ptr<double>(), lse.mutable_data_ptr<compute>(), rows, classes);
         STD_CUDA_KERNEL_LAUNCH_CHECK();
       });
     }
@@ -189,9 +177,9 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_backward_cuda(const Tenso
     for (const scalar_t* result : {of_input, of_target}) {
       phase = result ? phase_of_both(phase, phase_of(result)) : phase;
     }
-    dispatch_lanes(classes, [&](auto lanes) {
+    dispatch_lanes<kWarpThreads>(classes, [&](auto lanes) {
       probabilities_backward_kernel<lanes.value, scalar_t>
-          <<<grid_of(ceil_div(rows, kThreads / lanes.value)), kThreads, 0, current_stream(input)>>>(
+          <<<blocks_of(rows, kThreads / lanes.value), kThreads, 0, current_stream(input)>>>(
               grad_output.const_data_ptr<scalar_t>(), grad_output.dim() ? grad_output.stride(0) : 0,
               reduce == Reduction::Mean ? double(rows) : 1.0, h ? h->const_data_ptr<compute>() : nullptr, logits,
               targets, phase, statistics.const_data_ptr<compute>(), of_input, of_target, rows, classes);

@@ -13,19 +13,6 @@
 namespace torch_mlp {
 namespace {
 
-// Up to so many classes a row belongs to 4 threads, or to a warp.
-constexpr int64_t kNarrowClasses = 128;
-constexpr int64_t kWarpClasses = 1024;
-
-// The partial sums of the loss: at most this many. A few times the blocks that a large device holds at once, so that
-// none waits long for the last.
-constexpr int64_t kMaxSumBlocks = 4096;
-
-// The blocks that a multiprocessor has to hold at once. Left to itself, the compiler would save so many registers for
-// more of them that it spills.
-template <typename scalar_t>
-constexpr int kMinBlocks = std::is_same_v<scalar_t, double> ? 2 : 4;
-
 // In double, as are the few operations done once for a row: only the work on each element is worth rounding for speed.
 struct Options {
   int64_t ignore_index;
@@ -115,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
   block_loss = block_reduce(block_loss, Add{});
   block_weight = block_reduce(block_weight, Add{});
   if (threadIdx.x == 0) {
-    partials[2 * blockIdx.x] = block_loss;
-    partials[2 * blockIdx.x + 1] = block_weight;
+    partials[2 * int64_t(blockIdx.x)] = block_loss;
+    partials[2 * int64_t(blockIdx.x) + 1] = block_weight;
   }
 }
 
@@ -202,18 +189,6 @@ const T* data_of(const std::optional<Tensor>& self) {
   return self ? self->const_data_ptr<T>() : nullptr;
 }
 
-// Calls launch with the number of threads that share a row, a compile-time constant.
-template <typename Launch>
-void dispatch_lanes(int64_t classes, const Launch& launch) {
-  if (classes <= kNarrowClasses) {
-    launch(std::integral_constant<int, 4>{});
-  } else if (classes <= kWarpClasses) {
-    launch(std::integral_constant<int, kWarpThreads>{});
-  } else {
-    launch(std::integral_constant<int, kThreads>{});
-  }
-}
-
 Options options_of(int64_t ignore_index, double label_smoothing, int64_t classes) {
   return {ignore_index, 1 - label_smoothing, label_smoothing / double(std::max<int64_t>(1, classes))};
 }
@@ -232,24 +207,14 @@ std::optional<Tensor> sum_of_weights(const std::optional<Tensor>& weight, double
   return sum;
 }
 
-// How many blocks cross_entropy_rows takes for so many rows.
-int64_t sum_blocks_of(int64_t rows, int64_t classes) {
-  int64_t blocks = 0;
-  dispatch_lanes(classes,
-                 [&](auto lanes) { blocks = std::min(ceil_div(rows, kThreads / lanes.value), kMaxSumBlocks); });
-  return blocks;
-}
-
 // Writes each row's maximum and sum, its loss unless that is null, and for each block two partial sums for sum_losses.
 template <typename scalar_t, typename loss_t>
 void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, const double* weight_sum,
                         loss_t* loss, compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum, double* partials,
-                        int64_t blocks, int64_t rows, int64_t classes, const Options& options, cudaStream_t stream) {
-  if (rows == 0) {
-    return;
-  }
-  dispatch_lanes(classes, [&](auto lanes) {
-    cross_entropy_kernel<lanes.value><<<grid_of(blocks), kThreads, 0, stream>>>(
+                        unsigned int blocks, int64_t rows, int64_t classes, const Options& options,
+                        cudaStream_t stream) {
+  dispatch_lanes<kFewLanes>(classes, [&](auto lanes) {
+    cross_entropy_kernel<lanes.value><<<blocks, kThreads, 0, stream>>>(
         input, phase_of(input), target, weight, weight_sum, loss, maximum, sum, partials, rows, classes, options);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -297,11 +262,10 @@ void cross_entropy_backward_rows(const RowGradients<grad_t, compute_t<scalar_t>>
     return;
   }
   const int phase = phase_of(input) == phase_of(grad_input) ? phase_of(input) : -1;
-  dispatch_lanes(classes, [&](auto lanes) {
-    cross_entropy_backward_kernel<lanes.value>
-        <<<grid_of(ceil_div(rows, kThreads / lanes.value)), kThreads, 0, stream>>>(
-            incoming.of_rows, incoming.stride, incoming.divisor, incoming.of_lse, input, phase, target, weight,
-            weight_sum, maximum, sum, grad_input, rows, classes, options);
+  dispatch_lanes<kFewLanes>(classes, [&](auto lanes) {
+    cross_entropy_backward_kernel<lanes.value><<<blocks_of(rows, kThreads / lanes.value), kThreads, 0, stream>>>(
+        incoming.of_rows, incoming.stride, incoming.divisor, incoming.of_lse, input, phase, target, weight, weight_sum,
+        maximum, sum, grad_input, rows, classes, options);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

@@ -17,13 +17,6 @@
 namespace torch_mlp {
 namespace {
 
-// Blocks that keep every multiprocessor busy to the end; more would only make more partial sums of gb.
-constexpr int64_t kFullGrid = 2048;
-constexpr int64_t kMinRowsPerThread = 8;
-
-// The columns that a block adds the partial sums of: few, so that many threads share the long way down.
-constexpr int64_t kSumCols = 8;
-
 // The blocks of the backward kernel that a multiprocessor has to hold at once. Left to itself, the compiler would save
 // so many registers that it spills.
 constexpr int kMinBlocks = 5;
@@ -75,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                                int64_t block_rows) {
   using compute = compute_t<scalar_t>;
   const int64_t packs = cols / width, col = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t begin = blockIdx.y * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
+  const int64_t begin = int64_t(blockIdx.y) * block_rows, end = begin + block_rows < rows ? begin + block_rows : rows;
   compute sums[width] = {};
   if (col < packs) {
 #pragma unroll 2
@@ -102,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         if (gridDim.y == 1) {
           gb[col * width + j] = sums[j];
         } else {
-          partials[blockIdx.y * cols + col * width + j] = sums[j];
+          partials[int64_t(blockIdx.y) * cols + col * width + j] = sums[j];
         }
       }
     }
@@ -127,46 +120,33 @@ __global__ void __launch_bounds__(kThreads) grad_bias_kernel(const compute_t<sca
   }
 }
 
-// kThreads in rows of at most a warp, no longer than there are columns.
-dim3 block_shape(int64_t cols) {
-  unsigned int width = 1;
-  while (width < kWarpThreads && width < cols) {
-    width *= 2;
-  }
-  return dim3(width, kThreads / width);
-}
-
 template <typename Activation, int width, typename scalar_t>
 void launch_activation_backward(const scalar_t* gy, const scalar_t* y, scalar_t* gz, scalar_t* gb, int64_t rows,
                                 int64_t cols, const Tensor& like) {
   using compute = compute_t<scalar_t>;
   const cudaStream_t stream = current_stream(like);
-  const dim3 threads = block_shape(cols / width);
-  const int64_t col_blocks = ceil_div(cols / width, threads.x);
-  const int64_t most_row_blocks = ceil_div(rows, kMinRowsPerThread * threads.y);
-  const int64_t row_blocks = std::max<int64_t>(1, std::min(ceil_div(kFullGrid, col_blocks), most_row_blocks));
-  const int64_t block_rows = ceil_div(rows, row_blocks);
-
-  const Tensor partials = empty({gb && row_blocks > 1 ? row_blocks * cols : 0},
-                                torch::headeronly::CppTypeToScalarType<compute>::value, like);
-  const dim3 grid(grid_of(col_blocks), grid_of(row_blocks));
+  const ColumnSplit split = split_columns(rows, cols / width, kWarpThreads, kFullGrid);
+  const bool has_partials = gb && split.row_blocks > 1;
+  const Tensor partials =
+      empty({has_partials ? split.row_blocks * cols : 0}, torch::headeronly::CppTypeToScalarType<compute>::value, like);
   activation_backward_kernel<Activation, width>
-      <<<grid, threads, 0, stream>>>(gy, y, gz, gb, partials.mutable_data_ptr<compute>(), rows, cols, block_rows);
+      <<<dim3(split.col_blocks, split.row_blocks), dim3(split.thread_cols, split.thread_rows), 0, stream>>>(
+          gy, y, gz, gb, partials.mutable_data_ptr<compute>(), rows, cols, split.block_rows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (gb && row_blocks > 1) {
-    const dim3 sum_threads = block_shape(std::min(cols, kSumCols));
-    grad_bias_kernel<<<grid_of(ceil_div(cols, sum_threads.x)), sum_threads, 0, stream>>>(
-        partials.const_data_ptr<compute>(), gb, row_blocks, cols);
+  if (has_partials) {
+    const ColumnSplit sums = split_columns(split.row_blocks, cols, kSumCols, 1);
+    grad_bias_kernel<<<sums.col_blocks, dim3(sums.thread_cols, sums.thread_rows), 0, stream>>>(
+        partials.const_data_ptr<compute>(), gb, split.row_blocks, cols);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
 
 template <typename Activation, typename scalar_t>
 void activate(const Tensor& output) {
-  const int64_t count = output.numel(), packs = ceil_div(count, kPackWidth<scalar_t>);
+  const int64_t count = output.numel();
+  const unsigned int blocks = blocks_of(count, kThreads * kPackWidth<scalar_t>);
   scalar_t* y = output.mutable_data_ptr<scalar_t>();
-  activation_kernel<Activation>
-      <<<grid_of(ceil_div(packs, kThreads)), kThreads, 0, current_stream(output)>>>(y, phase_of(y), count);
+  activation_kernel<Activation><<<blocks, kThreads, 0, current_stream(output)>>>(y, phase_of(y), count);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

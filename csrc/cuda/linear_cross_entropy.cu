@@ -7,9 +7,9 @@
 // Fused: z and gz are there for some rows at a time only. Where the loss is reduced, the forward pass computes the
 // gradients with it, for a grad_output of 1, so that z need not be computed again; else, and where lse has a gradient,
 // the backward pass computes z anew. The divisor of the mean is summed up before any z is there, on the device: nothing
-// goes back to the host. The loss of 16-bit dtypes is in float. Memory beyond results: kChunkBytes or z of
-// kMinChunkRows rows, whichever is more, and as much again for gz; for 16-bit dtypes gW in float, in which the chunks'
-// are summed; and kSumThreads sums of gb in double, or one for each class, whichever is more.
+// goes back to the host. The loss of 16-bit dtypes is in float. Memory beyond results, by the constants of launch.h:
+// kChunkBytes or z of kMinChunkRows rows, whichever is more, and as much again for gz; for 16-bit dtypes gW in float,
+// in which the chunks' are summed; and kSumThreads sums of gb in double, or one for each class, whichever is more.
 // Threads: those of the softmax, see cross_entropy_rows.cuh; for gb, several share a column, each with a sum in double
 // that stays in memory from chunk to chunk, and a warp adds the sums of a column. The products are the library's. How
 // the work is split depends on the shape alone, so that the bits are the same in every run.
@@ -20,35 +20,19 @@
 namespace torch_mlp {
 namespace {
 
-// Of z at once, in whole tiles of the products' kernels: enough to fill a large device many times over. At least so
-// many rows, however many the classes are: adding a chunk's gW to the others', 12 bytes an element for 16-bit dtypes,
-// takes by the peaks of an A100 or H100 as long as computing it from 1,000 rows.
-constexpr int64_t kChunkBytes = 128 << 20;
-constexpr int64_t kTileRows = 256;
-constexpr int64_t kMinChunkRows = 2048;
-
-// The threads that sum gb: as many as a large device holds at once, but no more than so many for a column, whose sums
-// one warp adds.
-constexpr int64_t kSumThreads = 1 << 18;
-constexpr int64_t kMaxColumnThreads = 1024;
-
-// A block's sum of the weights of its targets, as a partial sum for sum_losses beside a loss of 0. A wrong target
-// counts nothing here, and stops cross_entropy_kernel.
+// A block's sum of the weights of its targets, as a partial sum for sum_losses beside a loss of 0.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     target_weight_kernel(const int64_t* __restrict__ target, const scalar_t* __restrict__ weight,
                          double* __restrict__ partials, int64_t rows, int64_t classes, int64_t ignore_index) {
   double sum = 0;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows; i += int64_t(gridDim.x) * kThreads) {
-    const int64_t label = target[i];
-    if (label != ignore_index && label >= 0 && label < classes) {
-      sum += weight ? double(compute_t<scalar_t>(weight[label])) : 1.0;
-    }
+    sum += target_weight(target[i], weight, classes, ignore_index);
   }
   sum = block_reduce(sum, Add{});
   if (threadIdx.x == 0) {
-    partials[2 * blockIdx.x] = 0;
-    partials[2 * blockIdx.x + 1] = sum;
+    partials[2 * int64_t(blockIdx.x)] = 0;
+    partials[2 * int64_t(blockIdx.x) + 1] = sum;
   }
 }
 
@@ -110,13 +94,6 @@ __global__ void __launch_bounds__(kThreads) grad_weight_kernel(scalar_t* __restr
   });
 }
 
-// How many rows of z are there at once.
-int64_t chunk_rows_of(const Arguments& of, int64_t element_bytes) {
-  const int64_t row_bytes = std::max<int64_t>(1, of.linear_weight.size(0)) * element_bytes;
-  const int64_t most = std::max(kMinChunkRows, kChunkBytes / row_bytes / kTileRows * kTileRows);
-  return std::max<int64_t>(1, std::min(of.input.size(0), most));
-}
-
 // The gradients, to which chunks of rows add.
 template <typename scalar_t>
 class Gradients {
@@ -129,8 +106,7 @@ class Gradients {
         bias(empty({needs.bias ? of.linear_weight.size(0) : 0}, of.input.scalar_type(), of.input)),
         of_(of),
         needs_(needs),
-        column_threads_(std::clamp<int64_t>(kSumThreads / std::max<int64_t>(1, of.linear_weight.size(0)), 1,
-                                            std::min(chunk_rows, kMaxColumnThreads))),
+        column_threads_(column_threads_of(chunk_rows, of.linear_weight.size(0))),
         grad_logits_(empty({needs.any() ? chunk_rows : 0, of.linear_weight.size(0)}, of.input.scalar_type(), of.input)),
         weight_sums_(
             empty({kIs16Bit && chunk_rows < of.input.size(0) ? weight.numel() : 0}, ScalarType::Float, of.input)),
@@ -173,10 +149,10 @@ class Gradients {
     // In weight itself there is room for a chunk's gradient.
     matmul_out(weight, grad_logits_t, x);
     if constexpr (kIs16Bit) {
-      const int64_t packs = ceil_div(weight.numel(), kPackWidth<scalar_t>);
-      grad_weight_kernel<<<grid_of(ceil_div(packs, kThreads)), kThreads, 0, current_stream(weight)>>>(
-          weight.mutable_data_ptr<scalar_t>(), weight_sums_.mutable_data_ptr<float>(), weight.numel(), is_first,
-          is_last);
+      const unsigned int blocks = blocks_of(weight.numel(), kThreads * kPackWidth<scalar_t>);
+      grad_weight_kernel<<<blocks, kThreads, 0, current_stream(weight)>>>(weight.mutable_data_ptr<scalar_t>(),
+                                                                          weight_sums_.mutable_data_ptr<float>(),
+                                                                          weight.numel(), is_first, is_last);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   }
@@ -185,11 +161,11 @@ class Gradients {
     const cudaStream_t stream = current_stream(bias);
     const int64_t classes = bias.numel(), threads = bias_sums_.numel();
     double* sums = bias_sums_.mutable_data_ptr<double>();
-    column_sums_kernel<<<grid_of(ceil_div(threads, kThreads)), kThreads, 0, stream>>>(
+    column_sums_kernel<<<blocks_of(threads, kThreads), kThreads, 0, stream>>>(
         grad_logits.const_data_ptr<scalar_t>(), sums, grad_logits.numel(), threads, is_first);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (is_last) {
-      grad_bias_kernel<<<grid_of(ceil_div(classes, kThreads / kWarpThreads)), kThreads, 0, stream>>>(
+      grad_bias_kernel<<<blocks_of(classes, kThreads / kWarpThreads), kThreads, 0, stream>>>(
           sums, bias.mutable_data_ptr<scalar_t>(), column_threads_, classes);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
@@ -226,7 +202,7 @@ Tensor total_weight_of(const Arguments& of, int64_t ignore_index) {
   using compute = compute_t<scalar_t>;
   const cudaStream_t stream = current_stream(of.input);
   const int64_t rows = of.target.numel();
-  const unsigned int blocks = grid_of(ceil_div(rows, kThreads), kMaxSumBlocks);
+  const unsigned int blocks = blocks_of(rows, kThreads, kMaxSumBlocks);
   const Tensor partials = empty({blocks, 2}, ScalarType::Double, of.input);
   Tensor total_weight = empty({}, torch::headeronly::CppTypeToScalarType<compute>::value, of.input);
   target_weight_kernel<<<blocks, kThreads, 0, stream>>>(
@@ -273,10 +249,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
       divisor = total_weight_of<scalar_t>(of, ignore_index);
     }
     const RowGradients<compute, compute> one{nullptr, 0, data_of<compute>(divisor), nullptr};
-    const int64_t chunk_rows = chunk_rows_of(of, sizeof(scalar_t));
+    const int64_t chunk_rows = chunk_rows_of(of.input.size(0), of.linear_weight.size(0), sizeof(scalar_t));
     Gradients<scalar_t> gradients(of, needs, chunk_rows);
-    const int64_t blocks = sum_blocks_of(chunk_rows, classes);
-    const Tensor partials = empty({ceil_div(rows, chunk_rows), blocks, 2}, ScalarType::Double, input);
+    const unsigned int blocks = sum_blocks_of(chunk_rows, classes);
+    const Tensor partials = empty({chunks_of(rows, chunk_rows), blocks, 2}, ScalarType::Double, input);
     double* of_chunk = partials.mutable_data_ptr<double>();
     for_each_chunk(of, chunk_rows, [&](const Tensor& logits, int64_t begin, int64_t end) {
       const scalar_t* z = logits.const_data_ptr<scalar_t>();
@@ -314,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cuda(
     const compute *maximum = statistics.const_data_ptr<compute>(), *sum = maximum + input.size(0);
     const std::optional<Tensor> weight_sum = sum_of_weights<scalar_t>(of.weight, label_smoothing);
     const auto incoming = row_gradients<compute, compute>(grad_output, h, total_weight, reduce);
-    const int64_t chunk_rows = chunk_rows_of(of, sizeof(scalar_t));
+    const int64_t chunk_rows = chunk_rows_of(of.input.size(0), of.linear_weight.size(0), sizeof(scalar_t));
     Gradients<scalar_t> gradients(of, {needs_grad_input, needs_grad_weight, needs_grad_bias}, chunk_rows);
     for_each_chunk(of, chunk_rows, [&](const Tensor& logits, int64_t begin, int64_t end) {
       gradients.add(incoming, logits, maximum, sum, data_of<double>(weight_sum), options, begin, end);

@@ -2,11 +2,18 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
+#include <type_traits>
 
 #include "common.cuh"
 
 namespace torch_mlp {
 namespace {
+
+// The blocks that a multiprocessor has to hold at once of the kernels that visit every logit. Left to itself, the
+// compiler would save so many registers for more of them that it spills.
+template <typename scalar_t>
+constexpr int kMinBlocks = std::is_same_v<scalar_t, double> ? 2 : 4;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();

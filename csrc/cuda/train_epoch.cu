@@ -12,7 +12,7 @@ namespace torch_mlp {
 namespace {
 
 // So many blocks keep the device busy; their threads stride.
-constexpr int64_t kMostBlocks = 4096;
+constexpr int64_t kBusyBlocks = 4096;
 
 template <typename pixel_t, typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
@@ -39,21 +39,14 @@ __global__ void __launch_bounds__(kThreads)
                grad_t* __restrict__ copy, int64_t count, scalar_t lr, scalar_t momentum, scalar_t weight_decay) {
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
   for (int64_t at = thread; at < count; at += threads) {
-    const scalar_t before = value[at];
-    scalar_t direction = weight_decay * before + scalar_t(gradient[at]);
-    if (velocity) {
-      direction += momentum * velocity[at];
-      velocity[at] = direction;
-    }
-    const scalar_t after = before - lr * direction;
-    value[at] = after;
+    sgd_step(value[at], velocity ? velocity + at : nullptr, scalar_t(gradient[at]), lr, momentum, weight_decay);
     if (copy) {
-      copy[at] = after;
+      copy[at] = value[at];
     }
   }
 }
 
-unsigned int grid_for(int64_t threads) { return grid_of(ceil_div(threads, kThreads), kMostBlocks); }
+unsigned int grid_for(int64_t threads) { return blocks_of(threads, kThreads, kBusyBlocks); }
 
 struct Cuda {
   static constexpr auto linear_act = linear_act_cuda;
