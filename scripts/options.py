@@ -95,7 +95,8 @@ def save_picture(figure: Figure, path: Path) -> None:
     """Write a picture, and name it in a last line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        # With the format said, matplotlib adds no ending to a name that has none.
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except OSError as error:
         fail(f"--output {path} cannot be written: {error.strerror}")
     except ValueError as error:  # a format that matplotlib does not know

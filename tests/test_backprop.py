@@ -123,6 +123,18 @@ def test_the_model_stays_as_it_is():
         assert parameter.requires_grad
 
 
+def test_frozen_parameters_have_gradients_too():
+    model, input = network(2, 2, 1), torch.ones(2).double()
+    learning = backprop.trace(model, input, 0.0)
+    assert backprop.trace(model.requires_grad_(False), input, 0.0) == learning
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_indices_above_nine():
+    names = [edge.weight for edge in backprop.trace(network(12, 11, 1), torch.ones(12).double(), 0.0).edges]
+    assert {"w^1_1,11", "w^1_11,1", "w^1_11", "b^1_11", "w^2_1,11"} <= set(names)
+
+
 def test_errors():
     input = torch.ones(2, dtype=torch.float64)
     with pytest.raises(

@@ -124,7 +124,7 @@ def decision_regions(predictors: Mapping[str, Callable[[Tensor], Tensor]], input
         >>> figure.axes[0].get_title()
         'x1 > 1/2: 100 %'
     """
-    figure = Figure(figsize=(3.3 * len(predictors) + 0.3, 4.5), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(predictors) + 0.3, 4.35), layout="constrained")
     classes = range(int(target.max()) + 1)
     low, high = input.min(0).values, input.max(0).values
     margin = 0.4 * (high - low)
