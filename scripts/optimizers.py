@@ -23,7 +23,7 @@ from torch_mlp import nn, plot, training
 from torch_mlp.descent import Record, minibatch_sgd
 
 HIDDEN = 64
-RECORDS = 50  # of each method, about
+RECORDS = 40  # of each method, about
 
 
 class Method(NamedTuple):
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     """The options of the script."""
     parser = demo_parser(__doc__, "optimizers.png")
     add_data_options(parser)
-    parser.add_argument("--passes", type=positive, default=5, metavar="N", help="of minibatch SGD over the data")
+    parser.add_argument("--passes", type=positive, default=4, metavar="N", help="of minibatch SGD over the data")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="of minibatch SGD")
     return parser.parse_args()
 
