@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "activation.h"
 #include "cross_entropy.h"
 #include "linear_act.h"
 
@@ -49,6 +50,9 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const Tensor& ord
                    const std::vector<Tensor>& biases, const std::vector<Tensor>& velocities,
                    const std::vector<std::string>& activations, int64_t batch_size, const double* lr, double momentum,
                    double weight_decay, double scale, double shift, ScalarType compute) {
+  for (const std::string& activation : activations) {
+    dispatch_differentiable("_train_epoch", activation, [](auto) {});  // before anything moves
+  }
   constexpr int64_t no_ignore_index = std::numeric_limits<int64_t>::min();
   const int64_t layers = int64_t(weights.size()), count = order.numel(), most = std::min(batch_size, count);
   const Tensor inputs = empty({most, images.size(1)}, compute, images),

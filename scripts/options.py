@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from matplotlib.figure import Figure
 
@@ -71,6 +72,12 @@ def threads(text: str) -> int:
     return int(text)
 
 
+def fail(message: str) -> NoReturn:
+    """Exit with code 2 and one sentence."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def load_demo_data(arguments: argparse.Namespace) -> data.Dataset:
     """The data set of :func:`add_data_options`; "auto" takes MNIST only if it is on disk. Exits where it is damaged."""
     name = arguments.dataset
@@ -80,13 +87,17 @@ def load_demo_data(arguments: argparse.Namespace) -> data.Dataset:
     try:
         dataset = data.load(name, arguments.data_dir)
     except data.DataError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     return dataset.first(arguments.limit) if arguments.limit else dataset
 
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a picture, and name it in a last line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        fail(f"--output {path} cannot be written: {error.strerror}")
+    except ValueError as error:  # a format that matplotlib does not know
+        fail(f"--output {path} cannot be written: {error}")
     print(f"picture: {path}")

@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from options import add_data_options, not_negative, positive, seed, threads
+from options import add_data_options, fail, not_negative, positive, seed, threads
 
 import torch_mlp
 from torch_mlp import checkpoint, data, plot, training
@@ -43,7 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     model = parser.add_argument_group("model")
     model.add_argument("--hidden", type=positive, nargs="*", default=HIDDEN, metavar="WIDTH", help="hidden layers")
-    model.add_argument("--activation", choices=torch_mlp.functional.ACTIVATIONS, default="sigmoid")
+    differentiable = [name for name, act in torch_mlp.functional.ACTIVATIONS.items() if act.derivative]
+    model.add_argument("--activation", choices=differentiable, default="sigmoid")
     model.add_argument("--init", choices=("default", "gaussian"), default="default", help="torch's or N(0, 0.1^2)")
 
     sgd = parser.add_argument_group("minibatch SGD")
@@ -86,12 +87,6 @@ def choose_device(name: str) -> str:
         reason = "torch_mlp was built without CUDA" if torch.cuda.is_available() else "torch finds no CUDA device"
         fail(f"--device cuda: {reason}; use --device cpu")
     return "cuda" if usable and name != "cpu" else "cpu"
-
-
-def fail(message: str) -> None:
-    """Exit with code 2 and one sentence."""
-    print(f"train_mnist.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def stock_twin(model: torch_mlp.nn.MLP) -> torch.nn.Sequential:

@@ -15,6 +15,16 @@ import torch_mlp
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
+# The activations in torch's own words, and those of them that have gradients to compare: step has none.
+EAGER = {
+    "identity": lambda z: z,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "step": lambda z: torch.where(z.isnan(), z, (z >= 0).to(z.dtype)),
+}
+DIFFERENTIABLE = [name for name, activation in torch_mlp.functional.ACTIVATIONS.items() if activation.derivative]
+
 
 def why_no_cuda() -> str | None:
     """The reason to skip a CUDA test, None where it can run."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import assert_same_bits, clones
 
 from torch_mlp import nn, train_epoch
 from torch_mlp.engine import choose_engine, layers_of
@@ -39,6 +40,57 @@ def tied():
     model = SEQUENTIAL(LINEAR(5, 5), torch.nn.Tanh(), LINEAR(5, 5))
     model[2].weight = model[0].weight
     return model
+
+
+@pytest.mark.parametrize("engine", ["auto", "epoch", "autograd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_steps_do_not_learn(engine, dtype):
+    """Said before anything moves, the random numbers included."""
+    images, labels = some_data()
+    model = nn.MLP(40, [12], 5, "step", dtype=dtype)
+    before, state = clones(list(model.parameters())), torch.get_rng_state()
+    sentence = "train_epoch: expected activations with a derivative, got step in layer 0, which gradient descent cannot"
+    with pytest.raises(ValueError, match=sentence):
+        train_epoch(model, images, labels, batch_size=20, lr=0.5, momentum=0.9, engine=engine)
+    assert_same_bits(before, list(model.parameters()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_steps_do_not_learn_in_the_op(device, dtype):
+    images, labels = (tensor.to(device) for tensor in some_data())
+    parameters = [torch.randn(shape, device=device, dtype=dtype) for shape in [(12, 40), (5, 12), (12,), (5,)]]
+    before = clones(parameters)
+    rates, order = torch.full((10,), 0.5, dtype=torch.float64), torch.arange(200, device=device)
+    with pytest.raises(RuntimeError, match="_train_epoch: expected an activation with a derivative, got step"):
+        torch.ops.torch_mlp._train_epoch(
+            images,
+            labels,
+            order,
+            parameters[:2],
+            parameters[2:],
+            [],
+            ["step", "identity"],
+            20,
+            rates,
+            0,
+            0,
+            1,
+            0,
+            False,
+        )
+    assert_same_bits(before, parameters)
+
+
+def test_what_follows_frozen_steps_learns():
+    images, labels = some_data()
+    model = nn.MLP(40, [12], 5, "step")
+    first, last = model.children()
+    first.requires_grad_(False)
+    (before,) = clones([last.weight])
+    assert choose_engine(model) == "autograd"
+    train_epoch(model, images, labels, batch_size=20, lr=0.5)
+    assert not torch.equal(before, last.weight)
 
 
 def frozen():

@@ -1,6 +1,7 @@
 """linear_binary_cross_entropy, of torch_mlp/ops/binary_cross_entropy.py."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch_mlp.functional import linear_binary_cross_entropy
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+PENALTY = {"reduction": "sum", "weight_decay": 1.3}
+reduced = pytest.mark.parametrize(
+    "how",
+    [
+        *({"reduction": reduction} for reduction in ("none", "mean", "sum")),
+        {"reduction": "mean", "weight_decay": 0.2},
+        PENALTY,
+    ],
+    ids=str,
+)
 # one output, whose dimension target may leave out, and several
 heads = pytest.mark.parametrize(("outs", "flat"), [(1, True), (1, False), (4, False)])
 
@@ -33,10 +43,11 @@ def ours(**options):
     return loss
 
 
-def eager(**options):
+def eager(weight_decay=0.0, **options):
     def loss(input, linear_weight, linear_bias, target):
         logits = torch.nn.functional.linear(input, linear_weight, linear_bias).reshape(target.shape)
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits, target, **options)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, **options)
+        return loss + weight_decay / 2 * linear_weight.square().sum()
 
     return loss
 
@@ -56,19 +67,19 @@ def upstream(reduction, target):
 @heads
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
-@reductions
+@reduced
 @dtypes
-def test_accuracy(device, dtype, reduction, weighted, bias, outs, flat, rows):
+def test_accuracy(device, dtype, how, weighted, bias, outs, flat, rows):
     tensors, options = make(device, dtype, outs, flat, rows, ins=33)
     if flat and not rows:
         options["pos_weight"] = options["pos_weight"].reshape(-1)[:1].reshape(())
     options = options if weighted else {}
     tensors[2] = tensors[2] if bias else None
-    grad_output = upstream(reduction, tensors[3])
+    grad_output = upstream(how["reduction"], tensors[3])
     exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     exact_options = {name: option.double() for name, option in options.items()}
-    found, theirs = (values(f(reduction=reduction, **options), tensors, grad_output) for f in (ours, eager))
-    truth = values(eager(reduction=reduction, **exact_options), exact, grad_output)
+    found, theirs = (values(f(**how, **options), tensors, grad_output) for f in (ours, eager))
+    truth = values(eager(**how, **exact_options), exact, grad_output)
     for our, their, true in zip(found, theirs, truth, strict=True):
         if our.numel() > 30:  # of fewer errors the mean square is one of luck
             assert_no_less_accurate(our, their, true)
@@ -79,20 +90,20 @@ def test_accuracy(device, dtype, reduction, weighted, bias, outs, flat, rows):
 
 def test_it_is_one_node(device):
     tensors, options = make(device)
-    loss = ours(**options)(*tensors)
+    loss = ours(**options, **PENALTY)(*tensors)
     names = [type(node).__name__ for node, _ in loss.grad_fn.next_functions if node is not None]
     assert names == ["AccumulateGrad"] * 4
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
-@reductions
-def test_every_combination_of_frozen_tensors(device, reduction, needs):
+@reduced
+def test_every_combination_of_frozen_tensors(device, how, needs):
     tensors, options = make(device)
     for tensor, needed in zip(tensors, needs, strict=True):
         tensor.requires_grad_(needed)
     grads = []
     for function in (ours, eager):
-        loss = function(reduction=reduction, **options)(*tensors)
+        loss = function(**how, **options)(*tensors)
         assert loss.requires_grad == any(needs)
         if any(needs):
             loss.backward(torch.full_like(loss, -1.7))
@@ -106,10 +117,10 @@ def test_every_combination_of_frozen_tensors(device, reduction, needs):
 
 
 @heads
-@reductions
-def test_gradcheck(device, reduction, outs, flat):
+@reduced
+def test_gradcheck(device, how, outs, flat):
     tensors, options = make(device, outs=outs, flat=flat, rows=(3,), ins=2)
-    loss = ours(reduction=reduction, **options)
+    loss = ours(**how, **options)
     assert gradcheck(loss, tensors)
     assert gradgradcheck(loss, tensors)
     for frozen in range(4):
@@ -122,20 +133,20 @@ def test_gradient_penalty(device, outs, flat):
     """The second backward pass through the node brings gradients of the loss and of the logits at once."""
     tensors, options = make(device, outs=outs, flat=flat)
     found = []
-    for function in (ours(**options), eager(**options)):
+    for function in (ours(**options, **PENALTY), eager(**options, **PENALTY)):
         loss = function(*tensors)
         (by_input,) = torch.autograd.grad(loss, tensors[0], create_graph=True)
         found.append(torch.autograd.grad(0.3 * loss + by_input.square().sum(), tensors))
     torch.testing.assert_close(*found)
 
 
-@reductions
-def test_second_backward_and_nothing_clobbered(device, reduction):
+@reduced
+def test_second_backward_and_nothing_clobbered(device, how):
     tensors, options = make(device, torch.float32)
-    grad_output = upstream(reduction, tensors[3])
+    grad_output = upstream(how["reduction"], tensors[3])
     everything = [*tensors, *options.values(), grad_output]
     before = clones(everything)
-    loss = ours(reduction=reduction, **options)(*tensors)
+    loss = ours(**how, **options)(*tensors)
     first = torch.autograd.grad(loss, tensors, grad_output, retain_graph=True)
     second = torch.autograd.grad(loss, tensors, grad_output)
     assert_same_bits(list(first), list(second))
@@ -147,7 +158,7 @@ def test_second_backward_and_nothing_clobbered(device, reduction):
 def test_functional_transforms(device, outs, flat):
     tensors, options = make(device, outs=outs, flat=flat, rows=(3,), ins=2)
     tensors = [tensor.detach() for tensor in tensors]
-    function, reference = ours(**options), eager(**options)
+    function, reference = ours(**options, **PENALTY), eager(**options, **PENALTY)
     everything = tuple(range(4))
     for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
         expected = transform(reference, everything)(*tensors)
@@ -156,29 +167,29 @@ def test_functional_transforms(device, outs, flat):
     jvps = [torch.func.jvp(f, tuple(tensors), tangents) for f in (function, reference)]
     torch.testing.assert_close(*jvps)
     dims = (0, None, None, 0)
-    rows = [torch.func.vmap(f(), dims)(*tensors) for f in (ours, eager)]
+    rows = [torch.func.vmap(f(**PENALTY), dims)(*tensors) for f in (ours, eager)]
     torch.testing.assert_close(*rows)
 
 
-@reductions
-def test_vmap_over_a_backward_pass(device, reduction):
+@reduced
+def test_vmap_over_a_backward_pass(device, how):
     tensors, options = make(device)
-    grad_outputs = torch.stack([upstream(reduction, tensors[3]) for _ in range(3)])
+    grad_outputs = torch.stack([upstream(how["reduction"], tensors[3]) for _ in range(3)])
 
     def of_each(function):
-        loss = function(reduction=reduction, **options)(*tensors)
+        loss = function(**how, **options)(*tensors)
         return torch.func.vmap(lambda v: torch.autograd.grad(loss, tensors, v, retain_graph=True))(grad_outputs)
 
     torch.testing.assert_close(of_each(ours), of_each(eager))
 
 
 @heads
-@reductions
-def test_compile_fullgraph(device, reduction, outs, flat):
+@reduced
+def test_compile_fullgraph(device, how, outs, flat):
     tensors, options = make(device, torch.float32, outs, flat)
-    options["reduction"] = reduction
+    options.update(how)
     compiled = torch.compile(ours(**options), fullgraph=True)
-    grad_output = upstream(reduction, tensors[3])
+    grad_output = upstream(how["reduction"], tensors[3])
     torch.testing.assert_close(values(compiled, tensors, grad_output), values(eager(**options), tensors, grad_output))
 
 
@@ -198,7 +209,7 @@ def test_autocast(device):
     results = []
     for function in (ours, eager):
         with torch.autocast(device, torch.bfloat16):
-            loss = function(**options)(*tensors)
+            loss = function(**options, **PENALTY)(*tensors)
         results.append((loss.detach(), *torch.autograd.grad(loss, tensors, torch.tensor(-1.7).to(loss))))
     assert results[0][0].dtype == torch.float32
     torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
@@ -208,9 +219,29 @@ def test_targets_and_weights_of_another_dtype(device):
     tensors, options = make(device, torch.float32)
     tensors[3] = tensors[3].detach().double().requires_grad_()
     options["pos_weight"] = torch.tensor([1, 2, 1, 3], device=device)
-    grad_output = upstream("mean", tensors[3])
-    found, expected = (values(f(**options), tensors, grad_output) for f in (ours, eager))
+    grad_output = upstream("sum", tensors[3])
+    found, expected = (values(f(**options, **PENALTY), tensors, grad_output) for f in (ours, eager))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_of_small_and_large_weights_in_float16(device):
+    """Whose squares are 0 and infinite in this dtype, and so would be the products of its gradient."""
+    input, target = torch.zeros(3, 50, device=device).half(), torch.zeros(3, 1, device=device).half()
+    for size, weight_decay, upstream in ((1e-4, 1e7, 0.5), (1e3, 1e-8, 6e4)):
+        weight = torch.full((1, 50), size, device=device).half().requires_grad_()
+        loss = linear_binary_cross_entropy(input, weight, target, weight_decay=weight_decay)
+        torch.testing.assert_close(loss.item(), math.log(2) + weight_decay / 2 * 50 * size**2, rtol=2e-3, atol=0.0)
+        loss.backward(torch.tensor(upstream).to(loss))
+        expected = torch.full((1, 50), upstream * weight_decay * size).to(weight)
+        torch.testing.assert_close(weight.grad, expected, rtol=2e-3, atol=0.0)
+
+
+def test_weight_decay_of_no_samples(device):
+    """Nothing is left of the sum but the penalty."""
+    tensors, _ = make(device, rows=(0,))
+    loss, _, by_weight, *_ = values(ours(**PENALTY), tensors, torch.tensor(-1.7))
+    torch.testing.assert_close(loss, 0.65 * tensors[1].detach().square().sum())
+    torch.testing.assert_close(by_weight, -1.7 * 1.3 * tensors[1].detach(), check_dtype=False)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +269,14 @@ def test_targets_and_weights_of_another_dtype(device):
         ({"linear_bias": torch.rand(3)}, RuntimeError, r"expected bias of shape \(4,\), got \(3,\)"),
         ({"weight": torch.rand(3)}, RuntimeError, r"expected weight that broadcasts to .* \(7, 4\), got \(3,\)"),
         ({"pos_weight": torch.rand(4).requires_grad_()}, RuntimeError, "expected pos_weight not to require grad"),
+        ({"weight_decay": -0.1}, ValueError, "expected weight_decay to be finite and at least 0, got -0.1"),
+        ({"weight_decay": math.inf}, ValueError, "expected weight_decay to be finite and at least 0, got inf"),
+        ({"weight_decay": math.nan}, ValueError, "expected weight_decay to be finite and at least 0, got nan"),
+        (
+            {"weight_decay": 0.1, "reduction": "none"},
+            ValueError,
+            "expected reduction mean or sum with weight_decay, .*, got none",
+        ),
         ({"reduction": "avg"}, ValueError, "expected reduction to be one of none, mean, sum, got 'avg'"),
     ],
     ids=str,

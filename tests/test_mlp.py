@@ -4,16 +4,14 @@ import itertools
 
 import pytest
 import torch
-from conftest import DTYPES, assert_no_less_accurate, assert_same_bits
+from conftest import DIFFERENTIABLE, DTYPES, EAGER, assert_no_less_accurate, assert_same_bits
 
 from torch_mlp import nn
-from torch_mlp.functional import ACTIVATIONS, linear_act, mlp, mlp_cross_entropy
+from torch_mlp.functional import linear_act, mlp, mlp_cross_entropy
 
-EAGER = {"identity": lambda z: z, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 WIDTHS = (5, 6, 4, 3)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 def make(device, dtype=torch.float64, widths=WIDTHS, batch=7, bias=True):
@@ -70,7 +68,7 @@ def check_against_float64(function, reference, tensors):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("widths", [(20, 30), (33, 70, 10), (20, 40, 30, 5)], ids=str)
-@activations
+@pytest.mark.parametrize("activation", DIFFERENTIABLE)
 @dtypes
 def test_accuracy(device, dtype, activation, widths, bias):
     tensors = make(device, dtype, widths, 130, bias)
@@ -146,6 +144,30 @@ def test_as_layer_by_layer(device):
     )
 
 
+@dtypes
+def test_xor_by_hand(device, dtype):
+    """Or and not-and in the hidden layer, and of both in the next: no weight of it was learned."""
+    input = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=device, dtype=dtype)
+    weights = [[[1, 1], [-1, -1]], [[1, 1]], [[1]]]
+    biases = [[-0.5, 1.5], [-1.5], [0]]
+    weights, biases = ([torch.tensor(rows, device=device, dtype=dtype) for rows in of] for of in (weights, biases))
+    assert mlp(input, weights, biases, "step").flatten().tolist() == [0, 1, 1, 0]
+
+
+def test_gradients_behind_the_steps(device):
+    """The last layer can be trained on what frozen steps give it: no gradient goes through them."""
+    tensors = make(device, widths=(5, 6, 3))
+    target = torch.randint(3, (7,), device=device)
+    for tensor in tensors[:3]:
+        tensor.requires_grad_(False)
+    pairs = [(ours("step"), eager("step")), (with_loss("step", target), eager_with_loss("step", target))]
+    for function, reference in pairs:
+        output = function(*tensors)
+        grad_output = torch.randn_like(output)
+        found, expected = (torch.autograd.grad(f(*tensors), tensors[3:], grad_output) for f in (function, reference))
+        torch.testing.assert_close(found, expected)
+
+
 def test_loss_of_the_module(device):
     model = nn.MLP(5, [6, 4], 3).to(device)
     input, target = torch.randn(7, 5, device=device), torch.randint(3, (7,), device=device)
@@ -178,7 +200,7 @@ def test_layers_of_a_module_that_do_more_are_called():
         (
             {"activation": "gelu"},
             ValueError,
-            "expected activation to be one of identity, sigmoid, tanh, relu, got 'gelu'",
+            "expected activation to be one of identity, sigmoid, tanh, relu, step, got 'gelu'",
         ),
         ({"weights": []}, ValueError, "expected a weight and a bias, or None, for each layer, got 0 and 2"),
         ({"biases": [None]}, ValueError, "expected a weight and a bias, or None, for each layer, got 2 and 1"),

@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import DIFFERENTIABLE
 
-from torch_mlp.functional import ACTIVATIONS, cross_entropy
+from torch_mlp.functional import cross_entropy
 from torch_mlp.nn import MLP
 from torch_mlp.nn.mlp import HEADS
 
@@ -31,7 +32,7 @@ def test_parameter_count_of_the_lecture():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [[], [4], [4, 6, 3]], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", DIFFERENTIABLE)
 def test_as_a_stock_sequential_with_its_checkpoints(device, activation, hidden, bias):
     ours = MLP(5, hidden, 3, activation, bias).to(device)
     stock = stock_mlp([5, *hidden, 3], activation, bias).to(device)
@@ -227,6 +228,22 @@ def test_gaussian_initialisation():
             assert parameter.std().item() == pytest.approx(0.3, rel=0.02)
     again = MLP(300, [400], 500).init_gaussian_(std=0.3, generator=torch.Generator().manual_seed(1))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_xor_with_weights_chosen_by_hand():
+    """Which no network without a hidden layer can; outside of no_grad too, though steps have no gradient."""
+    model = MLP(2, 2, 1, "step")
+    model.load_state_dict(
+        {
+            "0.weight": torch.tensor([[1.0, 1.0], [1.0, 1.0]]),  # or, and
+            "0.bias": torch.tensor([-0.5, -1.5]),
+            "2.weight": torch.tensor([[1.0, -1.0]]),  # or, but not and
+            "2.bias": torch.tensor([0.0]),
+        }
+    )
+    output = model(torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
+    assert output.flatten().tolist() == [0, 1, 1, 0]
+    assert output.requires_grad
 
 
 def test_learns_xor():

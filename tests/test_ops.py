@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DIFFERENTIABLE
 
 import torch_mlp
 
@@ -13,9 +14,9 @@ OPS = sorted(
 )
 
 
-def linear_act_samples(device):
+def linear_act_samples(device, activations=tuple(torch_mlp.functional.ACTIVATIONS)):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        for activation in torch_mlp.functional.ACTIVATIONS:
+        for activation in activations:
             weight, bias = torch.randn(4, 5), torch.randn(4)
             for input, maybe_bias in (
                 (torch.randn(3, 5), bias),
@@ -27,7 +28,7 @@ def linear_act_samples(device):
 
 
 def linear_act_backward_samples(device):
-    for input, weight, _, activation in linear_act_samples(device):
+    for input, weight, _, activation in linear_act_samples(device, DIFFERENTIABLE):
         output = torch.ops.torch_mlp.linear_act(input, weight, None, activation)
         for needs in ((True, True, True), (False, True, False), (True, False, False), (False, False, True)):
             yield torch.randn_like(output), input, weight, output, activation, *needs
@@ -80,9 +81,9 @@ def binary_cross_entropy_backward_samples(device):
             yield torch.randn_like(loss), *sample, *needs
 
 
-def mlp_samples(device):
+def mlp_samples(device, activations=tuple(torch_mlp.functional.ACTIVATIONS)):
     for dtype in (torch.float64, torch.bfloat16):
-        for activation in torch_mlp.functional.ACTIVATIONS:
+        for activation in activations:
             tensors = [torch.randn(6, 5), torch.randn(3, 6), torch.randn(6), torch.randn(2, 4, 5)]
             one, two, bias, input = (tensor.to(device, dtype) for tensor in tensors)
             yield input, [one, two], [bias, None], activation
@@ -90,7 +91,7 @@ def mlp_samples(device):
 
 
 def mlp_backward_samples(device):
-    for input, weights, biases, activation in mlp_samples(device):
+    for input, weights, biases, activation in mlp_samples(device, DIFFERENTIABLE):
         outputs = torch.ops.torch_mlp.mlp(input, weights, biases, activation)
         for first in range(1 + 2 * len(weights)):
             needs = [0] * first + [1] * (1 + 2 * len(weights) - first)

@@ -1,10 +1,14 @@
 """torch_mlp/plot.py."""
 
+from itertools import combinations
+
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from torch_mlp import plot
+from torch_mlp import backprop, plot
 from torch_mlp.descent import Record
+from torch_mlp.nn import MLP
 from torch_mlp.training import EpochMetrics
 
 
@@ -94,3 +98,92 @@ def test_loss_landscape(tmp_path, points):
     assert (surface.get_zlabel(), bar.get_ylabel()) == ("loss", "loss")
     figure.savefig(tmp_path / "landscape.png")
     assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weight_norms(tmp_path):
+    figure = plot.weight_norms({0.0: [0.5, 1.0, 1.5], 0.01: [0.5, 0.8]})
+    (axes,) = figure.axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2, 3], [1, 2]]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 1.0, 1.5], [0.5, 0.8]]
+    assert [line.get_label() for line in axes.lines] == ["0", "0.01"]
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale()) == ("step", r"$\|w\|$", "log")
+    figure.savefig(tmp_path / "norms.png")
+    assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def texts(figure):
+    """Every text that is drawn, and the rectangle that it fills."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    artists = [*axes.texts, *axes.get_legend().get_texts()]
+    return [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in artists]
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (2, 2, 1), (3, 4, 3, 1), (1, 5, 1)], ids=str)
+def test_computation_graph(widths):
+    model = MLP(widths[0], widths[1:-1], 1, "tanh", dtype=torch.float64, head="binary")
+    graph = backprop.trace(model, torch.randn(widths[0]).double(), 0.0)
+    figure = plot.computation_graph(graph)
+    (axes,) = figure.axes
+    drawn = [text for text, _ in texts(figure)]
+    for node in graph.nodes.values():
+        assert f"{node.value:.3g}" in drawn
+        assert f"{node.gradient:.3g}" in drawn
+    for edge in graph.edges:
+        assert any(text.endswith(f"{edge.derivative:.3g}") for text in drawn)
+        assert not edge.weight or f"{edge.gradient:.3g}" in drawn
+    circles = [patch for patch in axes.patches if hasattr(patch, "center")]
+    assert len(circles) == len(graph.nodes)
+    assert len(axes.patches) == len(circles) + len(graph.edges)
+    assert r"$\hat{y}$" in drawn
+    assert "$z^{1}_{1}$" in drawn
+    # A value has one colour and a gradient another.
+    colors = {text.get_text(): text.get_color() for text in axes.texts}
+    loss = graph.nodes["loss"].value
+    assert colors[f"{loss:.3g}"] != colors["1"]
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (2, 2, 1), (3, 4, 3, 1), (1, 5, 1), (6, 6, 1)], ids=str)
+def test_no_text_of_a_computation_graph_covers_another(widths):
+    model = MLP(widths[0], widths[1:-1], 1, dtype=torch.float64, head="regression")
+    figure = plot.computation_graph(backprop.trace(model, torch.randn(widths[0]).double(), -1.25))
+    for (one, place), (other, elsewhere) in combinations(texts(figure), 2):
+        assert not place.overlaps(elsewhere), f"{one} and {other}"
+    width, height = figure.get_size_inches() * figure.dpi
+    for text, place in texts(figure):
+        assert 0 <= place.x0 < place.x1 <= width, text
+        assert 0 <= place.y0 < place.y1 <= height, text
+
+
+def test_decision_regions():
+    input = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    target = torch.tensor([0, 1, 1, 0])
+    predictors = {
+        "right": lambda points: (points.round().sum(-1) == 1).long(),
+        "x1": lambda points: (points[:, 0] > 0.5).long(),
+    }
+    figure = plot.decision_regions(predictors, input, target)
+    assert [axes.get_title() for axes in figure.axes] == ["right: 100 %", "x1: 50 %"]
+    for axes, predict in zip(figure.axes, predictors.values(), strict=True):
+        assert axes.get_xlabel() == "$x_1$"
+        assert (axes.get_ylabel() == "$x_2$") == (axes is figure.axes[0])
+        regions, zero, one, wrong = axes.collections
+        # The colour at each corner of the grid and at each sample is that of the class there.
+        colors = torch.as_tensor(regions.get_array()).reshape(300, 300)
+        for x in (-0.4, 1.4):
+            for y in (-0.4, 1.4):
+                place = colors[-1 if y > 0 else 0, -1 if x > 0 else 0]
+                assert place == predict(torch.tensor([[x, y]])).item()
+        assert zero.get_offsets().tolist() == input[target == 0].tolist()
+        assert one.get_offsets().tolist() == input[target == 1].tolist()
+        assert len(zero.get_paths()[0]) != len(one.get_paths()[0])  # another marker, not only another colour
+        assert wrong.get_offsets().tolist() == input[predict(input) != target].tolist()
+
+
+def test_decision_regions_of_many_classes_and_one_model():
+    input, target = torch.randn(60, 2), torch.arange(60) % 5
+    figure = plot.decision_regions({"nearest": lambda points: points[:, 0].clamp(0, 4).long()}, input, target)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*(f"class {label}" for label in range(5)), "wrong"]

@@ -105,9 +105,10 @@ def choose_engine(
     """The engine of :func:`train_epoch` for this model: "epoch" where the compiled op can train it, else "autograd".
 
     Raises:
-        ValueError: if engine is "epoch" and it cannot, if engine or precision is not known, or if precision is "bf16"
-            and the parameters are not float32; whatever the engine, if an :class:`torch_mlp.nn.MLP` with another head
-            than "multiclass" is to be trained by the softmax cross-entropy.
+        ValueError: if engine is "epoch" and it cannot, if engine or precision is not known, if precision is "bf16" and
+            the parameters are not float32, or if a layer that is to learn has an activation without a derivative;
+            whatever the engine, if an :class:`torch_mlp.nn.MLP` with another head than "multiclass" is to be trained by
+            the softmax cross-entropy.
 
     Example:
         >>> choose_engine(nn.MLP(64, [32], 10)), choose_engine(nn.MLP(64, [32], 10).half())
@@ -125,6 +126,13 @@ def choose_engine(
         )
     if engine not in ENGINES:
         raise ValueError(f"train_epoch: expected engine to be one of {', '.join(ENGINES)}, got {engine!r}")
+    for name, module in model.named_modules():
+        learns = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if learns and isinstance(module, nn.LinearAct) and ops.ACTIVATIONS[module.activation].derivative is None:
+            raise ValueError(
+                f"train_epoch: expected activations with a derivative, got {module.activation} in layer {name}, which "
+                "gradient descent cannot use; use sigmoid, tanh or relu, or freeze the layer"
+            )
     if engine == "autograd":
         return engine
     try:

@@ -1,13 +1,22 @@
-// The vector kernels by torch's C++ types: float and BFloat16 have them; double and Half take plain loops.
+// The vector kernels by torch's C++ types: float and BFloat16 have them; double and Half take plain loops. And the
+// activations as the kernels name them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <type_traits>
 
+#include "../activation.h"
 #include "kernels.h"
 
 namespace torch_mlp {
+
+template <typename Activation>
+constexpr ActivationKind kind_of = std::is_same_v<Activation, Identity>  ? ActivationKind::Identity
+                                   : std::is_same_v<Activation, Sigmoid> ? ActivationKind::Sigmoid
+                                   : std::is_same_v<Activation, Tanh>    ? ActivationKind::Tanh
+                                   : std::is_same_v<Activation, ReLU>    ? ActivationKind::ReLU
+                                                                         : ActivationKind::Step;
 
 template <typename scalar_t>
 constexpr bool has_vector_kernels =

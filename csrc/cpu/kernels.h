@@ -12,7 +12,7 @@
 
 namespace torch_mlp {
 
-enum class ActivationKind { Identity, Sigmoid, Tanh, ReLU };
+enum class ActivationKind { Identity, Sigmoid, Tanh, ReLU, Step };
 
 // The bits of a bfloat16: the upper half of a float.
 struct bfloat16_bits {

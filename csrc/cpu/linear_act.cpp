@@ -15,7 +15,6 @@
 
 #include "../linear_act.h"
 
-#include "../activation.h"
 #include "../tensor.h"
 #include "dtypes.h"
 #include "scratch.h"
@@ -36,12 +35,6 @@ constexpr int64_t kMaxSumBlocks = 64;
 constexpr int64_t kMinSumRows = 64;
 
 // --- elementwise work: the vector kernels for float32 and bfloat16, plain loops for the other dtypes ---
-
-template <typename Activation>
-constexpr ActivationKind kind_of = std::is_same_v<Activation, Identity>  ? ActivationKind::Identity
-                                   : std::is_same_v<Activation, Sigmoid> ? ActivationKind::Sigmoid
-                                   : std::is_same_v<Activation, Tanh>    ? ActivationKind::Tanh
-                                                                         : ActivationKind::ReLU;
 
 template <typename Activation, typename scalar_t>
 void activate(scalar_t* y, int64_t count) {
@@ -294,7 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cpu(const Tensor& grad_ou
   Tensor grad_input = empty(needs_grad_input ? sizes_of(input) : std::vector<int64_t>{0}, dtype, input);
   Tensor grad_weight = empty(needs_grad_weight ? sizes_of(weight) : std::vector<int64_t>{0}, dtype, input);
   Tensor grad_bias = empty({needs_grad_bias ? weight.size(0) : 0}, dtype, input);
-  dispatch_activation(op, activation, [&](auto act) {
+  // An error that names the op its reader has called.
+  dispatch_differentiable("linear_act", activation, [&](auto act) {
     dispatch_floating(dtype, [&](auto zero) {
       using scalar_t = decltype(zero);
       const Tensor x = as_matrix(input);

@@ -1,7 +1,7 @@
 // The op that trains a network for many minibatches at once: trainer.h does it for float32, train_steps.h for float64.
-#include "../activation.h"
 #include "../tensor.h"
 #include "../train_steps.h"
+#include "dtypes.h"
 #include "trainer.h"
 
 namespace torch_mlp {
@@ -9,13 +9,7 @@ namespace {
 
 ActivationKind activation_kind(const char* op, const std::string& name) {
   ActivationKind kind = ActivationKind::Identity;
-  dispatch_activation(op, name, [&](auto act) {
-    using Act = decltype(act);
-    kind = std::is_same_v<Act, Sigmoid> ? ActivationKind::Sigmoid
-           : std::is_same_v<Act, Tanh>  ? ActivationKind::Tanh
-           : std::is_same_v<Act, ReLU>  ? ActivationKind::ReLU
-                                        : ActivationKind::Identity;
-  });
+  dispatch_differentiable(op, name, [&](auto act) { kind = kind_of<decltype(act)>; });
   return kind;
 }
 

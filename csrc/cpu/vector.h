@@ -407,6 +407,8 @@ TORCH_MLP_INLINE vec activation(vec z) {
     return tanh(z);
   } else if constexpr (kind == ActivationKind::ReLU) {
     return z < 0.0f ? vec{} : z;  // false for NaN, which passes
+  } else if constexpr (kind == ActivationKind::Step) {
+    return z < 0.0f ? vec{} : z >= 0.0f ? broadcast(1.0f) : z;  // here too
   } else {
     return z;
   }
@@ -420,6 +422,8 @@ TORCH_MLP_INLINE vec activation_gradient(vec grad, vec y) {
     return grad * (1.0f - y * y);
   } else if constexpr (kind == ActivationKind::ReLU) {
     return y <= 0.0f ? vec{} : grad;
+  } else if constexpr (kind == ActivationKind::Step) {
+    return vec{};  // the derivative where there is one; nobody gets here, see dispatch_differentiable
   } else {
     return grad;
   }
@@ -442,6 +446,8 @@ TORCH_MLP_INLINE void dispatch(ActivationKind kind, const Body& body) {
       return body(Activation<ActivationKind::Tanh>{});
     case ActivationKind::ReLU:
       return body(Activation<ActivationKind::ReLU>{});
+    case ActivationKind::Step:
+      return body(Activation<ActivationKind::Step>{});
   }
   __builtin_unreachable();
 }

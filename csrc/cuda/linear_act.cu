@@ -215,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cuda(const Tensor& grad_o
   Tensor grad_input = empty(needs_grad_input ? sizes_of(input) : std::vector<int64_t>{0}, dtype, input);
   Tensor grad_weight = empty(needs_grad_weight ? sizes_of(weight) : std::vector<int64_t>{0}, dtype, input);
   Tensor grad_bias = empty({needs_grad_bias ? weight.size(0) : 0}, dtype, input);
-  dispatch_activation(op, activation, [&](auto act) {
+  // An error that names the op its reader has called.
+  dispatch_differentiable("linear_act", activation, [&](auto act) {
     dispatch_floating(dtype, [&](auto zero) {
       using scalar_t = decltype(zero);
       constexpr bool is_identity = std::is_same_v<decltype(act), Identity>;

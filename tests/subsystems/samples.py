@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import DIFFERENTIABLE, EAGER
 from torch import Tensor
 
 from torch_mlp import functional, nn
 
 torch_functional = torch.nn.functional
 
-EAGER = {"identity": lambda z: z, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
 STOCK = {"identity": torch.nn.Identity, "sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 REDUCTIONS = ("none", "mean", "sum")
 IN, HIDDEN, CLASSES = 5, 4, 3
@@ -198,14 +198,17 @@ def binary_cross_entropy(weighted: bool, **options):
     return make
 
 
-def linear_binary_cross_entropy(outs: int, **options):
+def linear_binary_cross_entropy(outs: int, weight_decay: float = 0.0, **options):
     def make(device, dtype, batch):
         def ours(input, matrix, bias, target):
-            return functional.linear_binary_cross_entropy(input, matrix, target, linear_bias=bias, **options)
+            return functional.linear_binary_cross_entropy(
+                input, matrix, target, linear_bias=bias, weight_decay=weight_decay, **options
+            )
 
         def torchs(input, matrix, bias, target):
             logits = torch_functional.linear(input, matrix, bias)
-            return torch_functional.binary_cross_entropy_with_logits(logits, target, **options)
+            loss = torch_functional.binary_cross_entropy_with_logits(logits, target, **options)
+            return loss + weight_decay / 2 * matrix.square().sum() if weight_decay else loss
 
         inputs = [normal(device, dtype, *shape).requires_grad_() for shape in ((batch, IN), (outs, IN), (outs,))]
         return Sample(ours, torchs, [*inputs, binary_target(device, dtype, batch, outs)], [], (0, 3))
@@ -226,11 +229,11 @@ def cross_entropy_options() -> Iterator[tuple[str, Make]]:
 OPS: dict[str, dict[str, Make]] = {
     "linear_act": {
         f"{activation}" + ", no bias" * (not bias): linear_act(activation, bias)
-        for activation in functional.ACTIVATIONS
+        for activation in DIFFERENTIABLE
         for bias in (True, False)
     },
     "linear_sigmoid": {"": linear_sigmoid},
-    "mlp": {activation: mlp(activation) for activation in functional.ACTIVATIONS},
+    "mlp": {activation: mlp(activation) for activation in DIFFERENTIABLE},
     "mlp_cross_entropy": {
         "identity, reduction=sum": mlp_cross_entropy("identity", reduction="sum"),
         "sigmoid, reduction=none": mlp_cross_entropy("sigmoid", reduction="none"),
@@ -258,6 +261,7 @@ OPS: dict[str, dict[str, Make]] = {
     "linear_binary_cross_entropy": {
         "one output, reduction=mean": linear_binary_cross_entropy(1),
         "several outputs, reduction=none": linear_binary_cross_entropy(3, reduction="none"),
+        "several outputs, reduction=sum, weight_decay=0.7": linear_binary_cross_entropy(3, 0.7, reduction="sum"),
     },
 }
 
@@ -339,13 +343,16 @@ class StockLinearCrossEntropy(torch.nn.Module):
 
 
 LAYERS: dict[str, dict[str, Callable[[str, torch.dtype], LayerSample]]] = {
-    "LinearAct": {activation: linear_layer(activation) for activation in functional.ACTIVATIONS},
+    "LinearAct": {activation: linear_layer(activation) for activation in DIFFERENTIABLE},
     "LinearSigmoid": {
         "": layer(
             lambda: nn.LinearSigmoid(IN, HIDDEN),
             lambda: torch.nn.Sequential(torch.nn.Linear(IN, HIDDEN), torch.nn.Sigmoid()),
             rows,
         )
+    },
+    "LogisticRegression": {
+        "": layer(lambda: nn.LogisticRegression(IN), lambda: torch.nn.Linear(IN, 1), rows),
     },
     "CrossEntropyLoss": {"": loss_layer(), "weight, label_smoothing": loss_layer(label_smoothing=0.1)},
     "BCEWithLogitsLoss": {

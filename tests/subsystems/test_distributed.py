@@ -21,8 +21,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="ne
 def errors():
     """What went wrong in each check, None where nothing did."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
-    # The package that is tested here is that of the processes too.
-    path = os.pathsep.join(filter(None, [str(Path(torch_mlp.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    # The package that is tested here is that of the processes too; samples takes something of conftest.
+    folders = [str(Path(torch_mlp.__file__).parents[1]), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, folders))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert finished.returncode == 0, finished.stderr[-6000:]

@@ -17,7 +17,8 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
         input: the values to map.
         weight: the matrix of the linear map.
         bias: added to every row of the product, if given.
-        activation: "identity", "sigmoid", "tanh" or "relu" (whose derivative at 0 is 0, as in torch).
+        activation: "identity", "sigmoid", "tanh", "relu" (whose derivative at 0 is 0, as in torch) or "step": 1 where
+            the product is 0 or more, 0 where it is less. Step has no gradient, as it is constant but for a jump.
 
     Shape:
         - input: :math:`(*, in\_features)`, any leading dimensions, float64, float32, bfloat16 or float16
@@ -29,13 +30,16 @@ def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None = None, activa
 
     Raises:
         ValueError: if the activation is not known.
-        RuntimeError: if a shape, dtype or device does not fit.
+        RuntimeError: if a shape, dtype or device does not fit, or from ``backward`` through step.
 
     Example:
         >>> import torch
         >>> input, weight, bias = torch.randn(64, 784), torch.randn(512, 784), torch.randn(512)
         >>> linear_act(input, weight, bias, "tanh").shape
         torch.Size([64, 512])
+        >>> linear_act(torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.ones(1, 2), torch.tensor([-1.5]), "step")  # and
+        tensor([[0.],
+                [1.]])
 
     Formula: Bishop, Pattern Recognition and Machine Learning, 2006, section 5.1.
     """

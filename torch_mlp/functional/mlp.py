@@ -22,7 +22,7 @@ def mlp(
         input: the values to map.
         weights: the weight of each layer.
         biases: the bias of each layer, or None.
-        activation: of the hidden layers: "identity", "sigmoid", "tanh" or "relu".
+        activation: of the hidden layers: "identity", "sigmoid", "tanh", "relu" or "step", see :func:`linear_act`.
 
     Shape:
         - input: :math:`(*, in\_features)`, any leading dimensions, float64, float32, bfloat16 or float16
@@ -34,7 +34,7 @@ def mlp(
 
     Raises:
         ValueError: if the activation is not known, or there are not as many biases as weights, or none.
-        RuntimeError: if a shape, dtype or device does not fit.
+        RuntimeError: if a shape, dtype or device does not fit, or from ``backward`` through step.
 
     Example:
         >>> import torch

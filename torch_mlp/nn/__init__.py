@@ -4,6 +4,7 @@ from torch_mlp.nn.linear import LinearAct, LinearSigmoid
 from torch_mlp.nn.logistic_regression import LogisticRegression
 from torch_mlp.nn.loss import BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss
 from torch_mlp.nn.mlp import MLP
+from torch_mlp.nn.perceptron import Perceptron
 
 __all__ = [
     "MLP",
@@ -13,4 +14,5 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearSigmoid",
     "LogisticRegression",
+    "Perceptron",
 ]

@@ -18,7 +18,7 @@ class LinearAct(torch.nn.Linear):
         bias: whether the layer has a bias.
         device: device of the parameters.
         dtype: dtype of the parameters: float64, float32, bfloat16 or float16.
-        activation: "identity", "sigmoid", "tanh" or "relu".
+        activation: "identity", "sigmoid", "tanh", "relu" or "step", which has no gradient.
 
     Shape:
         - input: :math:`(*, in\_features)`

@@ -45,7 +45,8 @@ class MLP(torch.nn.Module):
         hidden_features: width of each hidden layer; one int for one layer, an empty sequence for none (softmax
             regression).
         out_features: number of outputs; for "multiclass" one for each class.
-        activation: of the hidden layers: "identity", "sigmoid", "tanh" or "relu".
+        activation: of the hidden layers: "identity", "sigmoid", "tanh", "relu" or "step", which has no gradient: for
+            networks whose weights are chosen by hand.
         bias: whether the layers have biases.
         device: device of the parameters.
         dtype: dtype of the parameters.

@@ -10,7 +10,7 @@ Learning, 2006, section 5.3.)
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,8 +26,38 @@ class Activation(NamedTuple):
     """An activation in ATen calls: what csrc/activation.h computes, and the second derivative it does not need."""
 
     forward: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]  # dy/dz, as a function of y
-    curvature: Callable[[Tensor], Tensor]  # d(dy/dz)/dy, as a function of y
+    derivative: Callable[[Tensor], Tensor] | None  # dy/dz, as a function of y; None where descent has no use for it
+    curvature: Callable[[Tensor], Tensor] | None  # d(dy/dz)/dy, as a function of y
+
+
+def _refuse_gradient(*_: Any) -> NoReturn:
+    """The sentence is also in csrc/activation.h."""
+    raise RuntimeError(
+        "linear_act: expected an activation with a derivative, got step, which is constant but for a jump at 0: its "
+        "derivative is 0 wherever it has one, so that gradient descent cannot use it; use sigmoid, tanh or relu"
+    )
+
+
+class Step(torch.autograd.Function):
+    """1 where z >= 0, 0 where z < 0, NaN where z is; asked for a derivative of any mode, it says why there is none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        """Of a function that torch cannot differentiate either, for a compiler inlines it and never gets to jvp."""
+        return torch.where(z.isnan(), z, torch.heaviside(z, z.new_ones(())))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        """Refused, as is the derivative in forward mode."""
+        _refuse_gradient()
+
+    jvp = backward
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -35,7 +65,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, lambda y: y * (1 - y), lambda y: 1 - 2 * y),
     "tanh": Activation(torch.tanh, lambda y: 1 - y * y, lambda y: -2 * y),
     "relu": Activation(torch.relu, lambda y: (y > 0).to(y.dtype), torch.zeros_like),
+    "step": Activation(Step.apply, None, None),
 }
+
+
+def _derivatives(activation: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The derivative and the curvature; of an activation without them, what says so when it is called."""
+    _, derivative, curvature = ACTIVATIONS[activation]
+    return derivative or _refuse_gradient, curvature or _refuse_gradient
 
 
 @register_fake("torch_mlp::linear_act")
@@ -79,7 +116,7 @@ def reference_backward(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The backward op composed of ATen calls; None for gradients that are not needed."""
-    grad_z = grad_output * ACTIVATIONS[activation].derivative(output)
+    grad_z = grad_output * _derivatives(activation)[0](output)
     return (
         grad_z @ weight if needs_grad[0] else None,
         _as_matrix(grad_z).mT @ _as_matrix(input) if needs_grad[1] else None,
@@ -120,10 +157,10 @@ class LinearActBackward(torch.autograd.Function):
         """
         grad_grad_input, grad_grad_weight, grad_grad_bias = grad_grads
         grad_output, input, weight, output = ctx.saved_tensors
-        activation = ACTIVATIONS[ctx.activation]
+        derivative_at, curvature_at = _derivatives(ctx.activation)
         if all(grad is None for grad in grad_grads):
             return (None,) * 6
-        derivative = activation.derivative(output)
+        derivative = derivative_at(output)
         grad_z = grad_output * derivative
 
         grad_grad_z = torch.zeros_like(grad_z)
@@ -139,7 +176,7 @@ class LinearActBackward(torch.autograd.Function):
         if grad_grad_bias is not None:
             grad_grad_z = grad_grad_z + grad_grad_bias
         if ctx.needs_input_grad[3]:
-            grad_of_output = grad_grad_z * grad_output * activation.curvature(output)
+            grad_of_output = grad_grad_z * grad_output * curvature_at(output)
         return grad_grad_z * derivative, grad_of_input, grad_of_weight, grad_of_output, None, None
 
 
