@@ -80,7 +80,7 @@ def main() -> int:
     start = WatchedMLP(*widths, "tanh").state_dict()
     methods = [
         Method("gradient descent", len(input), 0.3, 10 * arguments.passes),
-        Method("SGD", 1, 0.005, arguments.passes / 10),
+        Method("SGD", 1, 0.005, max(arguments.passes / 10, 1 / len(input))),
         Method("minibatch SGD", min(arguments.batch_size, len(input)), 0.1, arguments.passes),
     ]
     print(f"{dataset.name}: {len(input):,} images; network {'-'.join(map(str, widths))}, tanh\n")
