@@ -14,7 +14,7 @@ import sys
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported, see train_mnist.py
 
 import torch
-from options import add_data_options, demo_parser, load_demo_data, positive, save_picture
+from options import add_data_options, demo_parser, fail, load_demo_data, positive, save_picture
 
 from torch_mlp import nn, plot, training
 from torch_mlp.descent import minibatch_sgd
@@ -37,6 +37,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Train, take the losses, say whether they are convex, draw; returns the exit code."""
     arguments = parse_arguments()
+    if arguments.points < 2:
+        fail("--points: expected at least 2, got 1")
     dataset = load_demo_data(arguments)
     input, target = training.to_input(dataset.train_images, dataset, torch.float32), dataset.train_labels
     print(f"{dataset.name}: {len(input):,} images")

@@ -23,7 +23,7 @@ from torch_mlp import nn, plot, training
 from torch_mlp.descent import Record, minibatch_sgd
 
 HIDDEN = 64
-RECORDS = 50  # of each method, about
+RECORDS = 40  # of each method, about
 
 
 class Method(NamedTuple):
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     """The options of the script."""
     parser = demo_parser(__doc__, "optimizers.png")
     add_data_options(parser)
-    parser.add_argument("--passes", type=positive, default=5, metavar="N", help="of minibatch SGD over the data")
+    parser.add_argument("--passes", type=positive, default=4, metavar="N", help="of minibatch SGD over the data")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="of minibatch SGD")
     return parser.parse_args()
 
@@ -80,7 +80,7 @@ def main() -> int:
     start = WatchedMLP(*widths, "tanh").state_dict()
     methods = [
         Method("gradient descent", len(input), 0.3, 10 * arguments.passes),
-        Method("SGD", 1, 0.005, arguments.passes / 10),
+        Method("SGD", 1, 0.005, max(arguments.passes / 10, 1 / len(input))),
         Method("minibatch SGD", min(arguments.batch_size, len(input)), 0.1, arguments.passes),
     ]
     print(f"{dataset.name}: {len(input):,} images; network {'-'.join(map(str, widths))}, tanh\n")

@@ -41,6 +41,65 @@ def test_training_report_without_an_epoch():
     assert figure.subfigs[0].axes[0].get_legend() is None
 
 
+def curves():
+    return {
+        "gradient descent": [Record(0, 2.3), Record(1, 2.0), Record(2, 1.5)],
+        "SGD": [Record(0, 2.3), Record(0.25, 0.5), Record(0.5, 0.25)],
+    }
+
+
+def test_descent_curves(tmp_path):
+    figure = plot.descent_curves(curves(), {"gradient descent": 0.5, "SGD": 20.0})
+    passes, seconds = figure.axes
+    assert [list(line.get_xdata()) for line in passes.lines] == [[0, 1, 2], [0, 0.25, 0.5]]
+    assert [list(line.get_xdata()) for line in seconds.lines] == [[0, 0.5, 1], [0, 5, 10]]
+    for axes in figure.axes:
+        assert [list(line.get_ydata()) for line in axes.lines] == [[2.3, 2.0, 1.5], [2.3, 0.5, 0.25]]
+        assert axes.get_yscale() == "log"
+    assert (passes.get_xlabel(), passes.get_ylabel()) == ("passes over the data", "loss over all of the data")
+    assert seconds.get_xlabel() == "seconds of training"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["gradient descent", "SGD"]
+    colors = [line.get_color() for line in passes.lines]
+    assert colors == [line.get_color() for line in seconds.lines]
+    assert len(set(colors)) == 2
+    figure.savefig(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_descent_curves_without_seconds_or_a_step(tmp_path):
+    """Half a pass is too little for gradient descent, which stays where it is."""
+    for records in (curves(), {"gradient descent": [Record(0, 2.3)]}, {}):
+        figure = plot.descent_curves(records)
+        assert [axes.get_xlabel() for axes in figure.axes] == ["passes over the data"]
+        figure.savefig(tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("points", [4, 5])
+def test_loss_landscape(tmp_path, points):
+    steps = torch.linspace(-1, 1, points)
+    losses = 0.1 + steps**2 + 3 * steps[:, None] ** 2
+    lines = {"network": torch.tensor([0.1, 1.0, 0.3]), "regression": torch.tensor([0.5, 0.4, 0.5])}
+    figure = plot.loss_landscape(steps, losses, lines)
+    contour, surface, line, bar = figure.axes
+    assert [list(mark.get_data()[0]) for mark in contour.lines] == [[0]]
+    _, _, (height,) = surface.lines[0].get_data_3d()
+    assert height == losses.min()
+    assert contour.get_xlim() == (-1, 1)
+    # Three times as steep in the second direction: its contours are ellipses that are longer in the first.
+    path = contour.collections[0].get_paths()[0].get_extents()
+    assert path.width > path.height
+    assert surface.get_zlim()[1] > 4
+    drawn = {drawn.get_label(): list(drawn.get_ydata()) for drawn in line.lines if drawn.get_label() in lines}
+    assert drawn == {name: values.tolist() for name, values in lines.items()}
+    chords = [list(drawn.get_ydata()) for drawn in line.lines if drawn.get_linestyle() == "--"]
+    assert chords == [[values[0], values[-1]] for values in lines.values()]
+    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in (contour, surface, line)]
+    assert labels == [("direction 1", "direction 2")] * 2 + [("position on the line", "loss")]
+    assert (surface.get_zlabel(), bar.get_ylabel()) == ("loss", "loss")
+    figure.savefig(tmp_path / "landscape.png")
+    assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_weight_norms(tmp_path):
     figure = plot.weight_norms({0.0: [0.5, 1.0, 1.5], 0.01: [0.5, 0.8]})
     (axes,) = figure.axes
@@ -128,62 +187,3 @@ def test_decision_regions_of_many_classes_and_one_model():
     figure = plot.decision_regions({"nearest": lambda points: points[:, 0].clamp(0, 4).long()}, input, target)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*(f"class {label}" for label in range(5)), "wrong"]
-
-
-def curves():
-    return {
-        "gradient descent": [Record(0, 2.3), Record(1, 2.0), Record(2, 1.5)],
-        "SGD": [Record(0, 2.3), Record(0.25, 0.5), Record(0.5, 0.25)],
-    }
-
-
-def test_descent_curves(tmp_path):
-    figure = plot.descent_curves(curves(), {"gradient descent": 0.5, "SGD": 20.0})
-    passes, seconds = figure.axes
-    assert [list(line.get_xdata()) for line in passes.lines] == [[0, 1, 2], [0, 0.25, 0.5]]
-    assert [list(line.get_xdata()) for line in seconds.lines] == [[0, 0.5, 1], [0, 5, 10]]
-    for axes in figure.axes:
-        assert [list(line.get_ydata()) for line in axes.lines] == [[2.3, 2.0, 1.5], [2.3, 0.5, 0.25]]
-        assert axes.get_yscale() == "log"
-    assert (passes.get_xlabel(), passes.get_ylabel()) == ("passes over the data", "loss over all of the data")
-    assert seconds.get_xlabel() == "seconds of training"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["gradient descent", "SGD"]
-    colors = [line.get_color() for line in passes.lines]
-    assert colors == [line.get_color() for line in seconds.lines]
-    assert len(set(colors)) == 2
-    figure.savefig(tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_descent_curves_without_seconds_or_a_step(tmp_path):
-    """Half a pass is too little for gradient descent, which stays where it is."""
-    for records in (curves(), {"gradient descent": [Record(0, 2.3)]}, {}):
-        figure = plot.descent_curves(records)
-        assert [axes.get_xlabel() for axes in figure.axes] == ["passes over the data"]
-        figure.savefig(tmp_path / "curves.png")
-
-
-@pytest.mark.parametrize("points", [4, 5])
-def test_loss_landscape(tmp_path, points):
-    steps = torch.linspace(-1, 1, points)
-    losses = 0.1 + steps**2 + 3 * steps[:, None] ** 2
-    lines = {"network": torch.tensor([0.1, 1.0, 0.3]), "regression": torch.tensor([0.5, 0.4, 0.5])}
-    figure = plot.loss_landscape(steps, losses, lines)
-    contour, surface, line, bar = figure.axes
-    assert [list(mark.get_data()[0]) for mark in contour.lines] == [[0]]
-    _, _, (height,) = surface.lines[0].get_data_3d()
-    assert height == losses.min()
-    assert contour.get_xlim() == (-1, 1)
-    # Three times as steep in the second direction: its contours are ellipses that are longer in the first.
-    path = contour.collections[0].get_paths()[0].get_extents()
-    assert path.width > path.height
-    assert surface.get_zlim()[1] > 4
-    drawn = {drawn.get_label(): list(drawn.get_ydata()) for drawn in line.lines if drawn.get_label() in lines}
-    assert drawn == {name: values.tolist() for name, values in lines.items()}
-    chords = [list(drawn.get_ydata()) for drawn in line.lines if drawn.get_linestyle() == "--"]
-    assert chords == [[values[0], values[-1]] for values in lines.values()]
-    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in (contour, surface, line)]
-    assert labels == [("direction 1", "direction 2")] * 2 + [("position on the line", "loss")]
-    assert (surface.get_zlabel(), bar.get_ylabel()) == ("loss", "loss")
-    figure.savefig(tmp_path / "landscape.png")
-    assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")

@@ -18,10 +18,10 @@ from torch_mlp import backprop
 from torch_mlp.descent import Record
 from torch_mlp.training import EpochMetrics
 
-_MARKERS = "o^sDvP*X"  # of the classes
+_COLORS = matplotlib.style.library["tableau-colorblind10"]["axes.prop_cycle"].by_key()["color"]
+_MARKERS = "o^sDvP*X"  # of the classes, and of the curves
 _LEVELS = 20  # of the contours of a landscape, about
 _ROWS, _COLUMNS = 3, 8  # of the grid of misclassified images
-_COLORS = matplotlib.style.library["tableau-colorblind10"]["axes.prop_cycle"].by_key()["color"]
 
 
 def training_report(
@@ -75,6 +75,97 @@ def training_report(
     return figure
 
 
+def descent_curves(
+    curves: Mapping[str, Sequence[Record]], seconds_per_pass: Mapping[str, float] | None = None
+) -> Figure:
+    """Draw the loss of each descent over its passes over the data, and over its seconds beside that.
+
+    The axis of the passes is logarithmic, but for the start at 0: the methods differ by powers of ten.
+
+    Args:
+        curves: for the name of each descent its records.
+        seconds_per_pass: what a pass took each of them; None leaves the second panel out.
+
+    Returns:
+        A figure.
+
+    Example:
+        >>> curves = {"gradient descent": [Record(0, 2.3), Record(1, 2.1)], "SGD": [Record(0, 2.3), Record(0.1, 0.9)]}
+        >>> figure = descent_curves(curves, {"gradient descent": 0.1, "SGD": 12.0})
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['passes over the data', 'seconds of training']
+    """
+    scales: dict[str, Mapping[str, float]] = {"passes over the data": dict.fromkeys(curves, 1.0)}
+    if seconds_per_pass is not None:
+        scales["seconds of training"] = seconds_per_pass
+    figure = Figure(figsize=(6.5 * len(scales), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    for axes, (label, scale) in zip(panels, scales.items(), strict=True):
+        for place, (name, records) in enumerate(curves.items()):
+            axes.plot(
+                [record.passes * scale[name] for record in records],
+                [record.loss for record in records],
+                color=_COLORS[place % len(_COLORS)],
+                marker=_MARKERS[place % len(_MARKERS)],
+                markersize=4,
+                label=name,
+            )
+        axes.set(xlabel=label, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    first = min((record.passes for records in curves.values() for record in records if record.passes), default=1.0)
+    panels[0].set_xscale("symlog", linthresh=first, linscale=0.3)
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[0].set_xlim(left=0)
+    panels[0].set_ylabel("loss over all of the data")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(scales))
+    return figure
+
+
+def loss_landscape(steps: Tensor, losses: Tensor, lines: Mapping[str, Tensor]) -> Figure:
+    """Draw the loss on a plane through a network, as contours and as a surface, and on lines between two networks.
+
+    Args:
+        steps: the coordinates of the plane in either direction, (P,); the network is at 0.
+        losses: those of :func:`torch_mlp.landscape.losses_on_plane`, (P, P).
+        lines: for the name of each line its losses, those of :func:`torch_mlp.landscape.losses_between`. The chord
+            between its ends, above which no convex function rises, is dashed.
+
+    Returns:
+        A figure.
+
+    Example:
+        >>> steps = torch.linspace(-1, 1, 5)
+        >>> figure = loss_landscape(steps, steps**2 + steps[:, None] ** 2, {"network": torch.tensor([0.1, 1.0, 0.2])})
+    """
+    figure = Figure(figsize=(17, 5), layout=ConstrainedLayoutEngine(wspace=0.06))
+    contour = figure.add_subplot(1, 3, 1)
+    surface = figure.add_subplot(1, 3, 2, projection="3d")
+    line = figure.add_subplot(1, 3, 3)
+    x, y = torch.meshgrid(steps, steps, indexing="xy")
+    filled = contour.contourf(x, y, losses, _LEVELS, cmap="cividis")
+    contour.contour(x, y, losses, _LEVELS, colors="white", linewidths=0.4)
+    contour.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16)
+    contour.set(title="around the trained network", xlabel="direction 1", ylabel="direction 2", aspect="equal")
+    figure.colorbar(filled, ax=contour, label="loss", shrink=0.8)
+    surface.plot_surface(x.numpy(), y.numpy(), losses.numpy(), cmap="cividis", rcount=len(steps), ccount=len(steps))
+    middle = steps.abs().argmin()
+    here = losses[middle, middle].item()
+    surface.plot([0], [0], [here], "*", color="white", markeredgecolor="black", markersize=16, zorder=10)
+    surface.set(title="the same as a surface", zlabel="loss")
+    surface.set_xlabel("direction 1", labelpad=8)
+    surface.set_ylabel("direction 2", labelpad=8)
+    for place, (name, values) in enumerate(lines.items()):
+        color, t = _COLORS[place % len(_COLORS)], torch.linspace(0, 1, len(values))
+        line.plot(t, values, color=color, marker=_MARKERS[place % len(_MARKERS)], markersize=4, label=name)
+        line.plot([0, 1], [values[0], values[-1]], "--", color=color, label="its chord")
+    line.set(title="from one trained network straight to another", xlabel="position on the line", ylabel="loss")
+    line.set_ylim(bottom=0)
+    line.grid(alpha=0.3)
+    line.legend()
+    return figure
+
+
 def weight_norms(histories: Mapping[float, Sequence[float]]) -> Figure:
     """Draw how the norm of the weights moves in the steps of a descent, a line for each weight decay.
 
@@ -124,7 +215,7 @@ def decision_regions(predictors: Mapping[str, Callable[[Tensor], Tensor]], input
         >>> figure.axes[0].get_title()
         'x1 > 1/2: 100 %'
     """
-    figure = Figure(figsize=(3.3 * len(predictors) + 0.3, 4.35), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(predictors) + 0.3, 4.5), layout="constrained")
     classes = range(int(target.max()) + 1)
     low, high = input.min(0).values, input.max(0).values
     margin = 0.4 * (high - low)
@@ -252,94 +343,3 @@ def _math(name: str) -> str:
     """The name of a node or weight as mathematics."""
     indexed = re.sub(r"([_^])([\d,]+)", r"\1{\2}", name)
     return {"y_hat": r"$\hat{y}$", "loss": "loss"}.get(name, f"${indexed}$")
-
-
-def descent_curves(
-    curves: Mapping[str, Sequence[Record]], seconds_per_pass: Mapping[str, float] | None = None
-) -> Figure:
-    """Draw the loss of each descent over its passes over the data, and over its seconds beside that.
-
-    The axis of the passes is logarithmic, but for the start at 0: the methods differ by powers of ten.
-
-    Args:
-        curves: for the name of each descent its records.
-        seconds_per_pass: what a pass took each of them; None leaves the second panel out.
-
-    Returns:
-        A figure.
-
-    Example:
-        >>> curves = {"gradient descent": [Record(0, 2.3), Record(1, 2.1)], "SGD": [Record(0, 2.3), Record(0.1, 0.9)]}
-        >>> figure = descent_curves(curves, {"gradient descent": 0.1, "SGD": 12.0})
-        >>> [axes.get_xlabel() for axes in figure.axes]
-        ['passes over the data', 'seconds of training']
-    """
-    scales: dict[str, Mapping[str, float]] = {"passes over the data": dict.fromkeys(curves, 1.0)}
-    if seconds_per_pass is not None:
-        scales["seconds of training"] = seconds_per_pass
-    figure = Figure(figsize=(6.5 * len(scales), 4.8), layout="constrained")
-    panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
-    for axes, (label, scale) in zip(panels, scales.items(), strict=True):
-        for place, (name, records) in enumerate(curves.items()):
-            axes.plot(
-                [record.passes * scale[name] for record in records],
-                [record.loss for record in records],
-                color=_COLORS[place % len(_COLORS)],
-                marker=_MARKERS[place % len(_MARKERS)],
-                markersize=4,
-                label=name,
-            )
-        axes.set(xlabel=label, yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-    first = min((record.passes for records in curves.values() for record in records if record.passes), default=1.0)
-    panels[0].set_xscale("symlog", linthresh=first, linscale=0.3)
-    panels[0].xaxis.set_major_formatter("{x:g}")
-    panels[0].set_xlim(left=0)
-    panels[0].set_ylabel("loss over all of the data")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(scales))
-    return figure
-
-
-def loss_landscape(steps: Tensor, losses: Tensor, lines: Mapping[str, Tensor]) -> Figure:
-    """Draw the loss on a plane through a network, as contours and as a surface, and on lines between two networks.
-
-    Args:
-        steps: the coordinates of the plane in either direction, (P,); the network is at 0.
-        losses: those of :func:`torch_mlp.landscape.losses_on_plane`, (P, P).
-        lines: for the name of each line its losses, those of :func:`torch_mlp.landscape.losses_between`. The chord
-            between its ends, above which no convex function rises, is dashed.
-
-    Returns:
-        A figure.
-
-    Example:
-        >>> steps = torch.linspace(-1, 1, 5)
-        >>> figure = loss_landscape(steps, steps**2 + steps[:, None] ** 2, {"network": torch.tensor([0.1, 1.0, 0.2])})
-    """
-    figure = Figure(figsize=(17, 5), layout=ConstrainedLayoutEngine(wspace=0.06))
-    contour = figure.add_subplot(1, 3, 1)
-    surface = figure.add_subplot(1, 3, 2, projection="3d")
-    line = figure.add_subplot(1, 3, 3)
-    x, y = torch.meshgrid(steps, steps, indexing="xy")
-    filled = contour.contourf(x, y, losses, _LEVELS, cmap="cividis")
-    contour.contour(x, y, losses, _LEVELS, colors="white", linewidths=0.4)
-    contour.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16)
-    contour.set(title="around the trained network", xlabel="direction 1", ylabel="direction 2", aspect="equal")
-    figure.colorbar(filled, ax=contour, label="loss", shrink=0.8)
-    surface.plot_surface(x.numpy(), y.numpy(), losses.numpy(), cmap="cividis", rcount=len(steps), ccount=len(steps))
-    middle = steps.abs().argmin()
-    here = losses[middle, middle].item()
-    surface.plot([0], [0], [here], "*", color="white", markeredgecolor="black", markersize=16, zorder=10)
-    surface.set(title="the same as a surface", zlabel="loss")
-    surface.set_xlabel("direction 1", labelpad=8)
-    surface.set_ylabel("direction 2", labelpad=8)
-    for place, (name, values) in enumerate(lines.items()):
-        color, t = _COLORS[place % len(_COLORS)], torch.linspace(0, 1, len(values))
-        line.plot(t, values, color=color, marker=_MARKERS[place % len(_MARKERS)], markersize=4, label=name)
-        line.plot([0, 1], [values[0], values[-1]], "--", color=color, label="its chord")
-    line.set(title="from one trained network straight to another", xlabel="position on the line", ylabel="loss")
-    line.set_ylim(bottom=0)
-    line.grid(alpha=0.3)
-    line.legend()
-    return figure

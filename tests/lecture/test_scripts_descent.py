@@ -77,6 +77,16 @@ def test_help_and_bad_values(tmp_path, script):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_least_that_makes_a_picture(tmp_path):
+    """Of three images a tenth of a pass is no step of SGD: it makes one."""
+    options = ("--dataset", "digits", "--limit", 3, "--passes", 1, "--output", "picture.png")
+    finished = run(tmp_path, "optimizers.py", *options)
+    assert re.search(r"^SGD +1 +0.005 +1 +0.33 ", finished.stdout, re.MULTILINE)
+    assert_picture(tmp_path / "picture.png")
+    finished = run(tmp_path, "landscape.py", "--points", 1, code=2)
+    assert finished.stderr == "landscape.py: --points: expected at least 2, got 1\n"
+
+
 @pytest.mark.parametrize("script", ["optimizers.py", "landscape.py"])
 def test_damaged_data_stops_the_script(tmp_path, script):
     raw = tmp_path / "MNIST" / "raw"
