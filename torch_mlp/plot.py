@@ -181,7 +181,7 @@ def weight_norms(histories: Mapping[float, Sequence[float]]) -> Figure:
     Example:
         >>> figure = weight_norms({0.0: [0.5, 1.0, 1.5], 0.1: [0.5, 0.8, 0.9]})
         >>> figure.axes[0].get_legend().get_title().get_text()
-        'weight decay'
+        'weight decay, lambda'
     """
     figure = Figure(figsize=(6.5, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -190,7 +190,7 @@ def weight_norms(histories: Mapping[float, Sequence[float]]) -> Figure:
         axes.plot(range(1, len(norms) + 1), norms, label=f"{weight_decay:g}")
     axes.set(title="norm of the weights", xlabel="step", ylabel=r"$\|w\|$", xscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(title="weight decay")
+    axes.legend(title="weight decay, lambda")
     return figure
 
 

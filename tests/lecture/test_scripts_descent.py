@@ -1,5 +1,6 @@
-"""scripts/optimizers.py and scripts/landscape.py, run as their users run them."""
+"""scripts/optimizers.py, landscape.py and logistic_regression.py, run as their users run them."""
 
+import math
 import os
 import re
 import subprocess
@@ -44,6 +45,23 @@ def test_optimizers(tmp_path):
     assert finished.stdout.splitlines()[-1] == f"picture: {output}"
     assert finished.stderr == ""  # no progress bar, where there is no terminal
     assert_picture(output)
+
+
+def test_logistic_regression(tmp_path):
+    """Without a prior the norm still grows in the second half of the steps; the larger lambda, the smaller it is."""
+    finished = run(tmp_path, "logistic_regression.py", "--steps", 400, "--output", "norms.png")
+    rows = re.findall(r"^ +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +100%$", finished.stdout, re.MULTILINE)
+    lambdas, halfway, norms, losses, least = ([float(row[column]) for row in rows] for column in range(5))
+    assert lambdas == [0, 0.01, 0.1, 1]
+    assert norms == sorted(norms, reverse=True)
+    assert norms[0] > 1.1 * halfway[0]
+    assert norms[-1] == halfway[-1]
+    # Each minimum is below the loss at weights of 0, which bounds the norm.
+    for strength, norm, loss in zip(lambdas, norms, losses, strict=True):
+        assert strength / 2 * norm**2 < loss < 40 * math.log(2)
+    assert all(0.5 < probability < 1 for probability in least)
+    assert finished.stdout.splitlines()[-1] == "picture: norms.png"
+    assert_picture(tmp_path / "norms.png")
 
 
 def test_landscape(tmp_path):
