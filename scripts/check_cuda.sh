@@ -13,7 +13,8 @@ FORCE_CUDA=1 "$python" setup.py --quiet build_ext --inplace
 
 tests=(tests/test_linear_act.py tests/test_cross_entropy.py tests/test_cross_entropy_probabilities.py
   tests/test_z_loss.py tests/test_linear_cross_entropy.py tests/test_binary_cross_entropy.py tests/test_ops.py
-  tests/test_nn_linear.py tests/test_nn_loss.py tests/test_nn_mlp.py tests/test_mlp.py tests/subsystems)
+  tests/test_nn_linear.py tests/test_nn_logistic_regression.py tests/test_nn_loss.py tests/test_nn_mlp.py
+  tests/test_nn_perceptron.py tests/test_mlp.py tests/subsystems)
 if "$python" -c 'import hypothesis' 2> /dev/null; then tests+=(tests/test_epoch.py); fi
 # The training tests need scikit-learn's digits.
 if "$python" -c 'import sklearn, tqdm, hypothesis' 2> /dev/null; then tests+=(tests/test_training.py); fi
