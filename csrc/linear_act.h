@@ -17,9 +17,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cpu(const Tensor& grad_ou
                                                            bool needs_grad_weight, bool needs_grad_bias);
 
 // Its products without activation, of matrices and into matrices that are there: output and grad_input contiguous,
-// grad_z with adjacent columns. accumulates: grad_weight is added to.
+// grad_z with adjacent columns. accumulates: to what is there.
 void linear_out_cpu(const Tensor& output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
-void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, const Tensor& weight);
+void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, const Tensor& weight, bool accumulates);
 void linear_grad_weight_out_cpu(const Tensor& grad_weight, const Tensor& grad_z, const Tensor& input, bool accumulates);
 
 #ifdef TORCH_MLP_WITH_CUDA

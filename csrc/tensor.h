@@ -82,6 +82,10 @@ inline Tensor rows_of(const Tensor& self, int64_t begin, int64_t end) {
   return matrix_view(self, end - begin, self.size(1), self.stride(0), self.stride(1), begin * self.stride(0));
 }
 
+inline Tensor columns_of(const Tensor& self, int64_t begin, int64_t end) {
+  return matrix_view(self, self.size(0), end - begin, self.stride(0), self.stride(1), begin * self.stride(1));
+}
+
 // The library says why on stderr; its error codes carry no message.
 inline void check_product(AOTITorchError error) {
   check(error == AOTI_TORCH_SUCCESS, "torch_mlp: torch's matrix product failed, as torch.mm would");

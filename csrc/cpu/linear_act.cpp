@@ -235,14 +235,14 @@ void linear_out_cpu(const Tensor& output, const Tensor& input, const Tensor& wei
   linear_act_out<Identity>(output, input, weight, bias);
 }
 
-void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, const Tensor& weight) {
+void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, const Tensor& weight, bool accumulates) {
   const LinearShape shape = linear_shape(grad_input, weight);
   if (may_use_kernels(grad_z, shape) && kernels_win(shape).grad_input) {
     const Tensor w = with_adjacent_columns(weight);
     product_by_kernels({shape.batch, shape.in_features, shape.out_features, const_matrix(grad_z), false,
-                        const_matrix(w), matrix(grad_input, shape.in_features)});
+                        const_matrix(w), matrix(grad_input, shape.in_features), accumulates});
   } else {
-    matmul_out(grad_input, grad_z, weight);
+    matmul_out(grad_input, grad_z, weight, accumulates ? std::optional(grad_input) : std::nullopt);
   }
 }
 
@@ -302,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward_cpu(const Tensor& grad_ou
                                                      needs_grad_bias ? &grad_bias : nullptr);
       }
       if (needs_grad_input) {
-        linear_grad_input_out_cpu(as_matrix(grad_input), gz, weight);
+        linear_grad_input_out_cpu(as_matrix(grad_input), gz, weight, false);
       }
       if (needs_grad_weight) {
         linear_grad_weight_out_cpu(grad_weight, gz, x, false);

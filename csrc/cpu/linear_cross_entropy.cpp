@@ -24,6 +24,10 @@ template <typename scalar_t>
 constexpr int64_t kChunkRows = sizeof(scalar_t) == 2 ? 512 : 128;
 constexpr int64_t kCacheBytes = 1 << 20;
 
+// Of the gradient of the logits at once: what the one product has brought into cache, the other one finds there. All of
+// 32000 classes at once take 1.04 times as long. In 16 bits there is one block, all of gW being summed in float.
+constexpr int64_t kBlockClasses = 1 << 10;
+
 // The gradients, to which chunks of rows add.
 template <typename scalar_t>
 class Gradients {
@@ -42,12 +46,21 @@ class Gradients {
 
   // grad_logits of the rows from begin to end; is_last: of the last ones.
   void add(const Tensor& grad_logits, int64_t begin, int64_t end, bool is_last) {
-    if (needs_.input) {
-      linear_grad_input_out_cpu(rows_of(input, begin, end), grad_logits, of_.linear_weight);
-    }
-    if (needs_.weight) {
-      add_weight(grad_logits, rows_of(of_.input, begin, end), begin == 0, is_last);
-    }
+    const Tensor x = rows_of(of_.input, begin, end);
+    const int64_t classes = grad_logits.size(1), block = kIs16Bit ? classes : kBlockClasses;
+    int64_t first = 0;
+    do {
+      const int64_t last = std::min(first + block, classes);
+      const Tensor of_block = columns_of(grad_logits, first, last);
+      if (needs_.input) {
+        linear_grad_input_out_cpu(rows_of(input, begin, end), of_block, rows_of(of_.linear_weight, first, last),
+                                  first > 0);
+      }
+      if (needs_.weight) {
+        add_weight(of_block, x, rows_of(weight, first, last), begin == 0, is_last);
+      }
+      first = last;
+    } while (first < classes);
     if (needs_.bias) {
       add_bias(grad_logits.const_data_ptr<scalar_t>(), end - begin);
     }
@@ -80,9 +93,9 @@ class Gradients {
     }
   }
 
-  void add_weight(const Tensor& grad_logits, const Tensor& x, bool is_first, bool is_last) {
+  void add_weight(const Tensor& grad_logits, const Tensor& x, const Tensor& of_classes, bool is_first, bool is_last) {
     if (!kIs16Bit || (is_first && is_last)) {
-      linear_grad_weight_out_cpu(weight, grad_logits, x, !is_first);
+      linear_grad_weight_out_cpu(of_classes, grad_logits, x, !is_first);
       return;
     }
     // Until the last chunk, weight itself is the memory for a chunk's gradient.
