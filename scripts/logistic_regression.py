@@ -7,10 +7,9 @@ to the sum of log(1 + exp(-y w.x)), which has one. Gradient descent from weights
 """
 
 import argparse
-import sys
 
 import torch
-from options import demo_parser, positive, save_picture
+from options import demo_parser, positive, run_demo, save_picture
 from tqdm import tqdm
 
 from torch_mlp import nn, plot
@@ -66,8 +65,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C; no picture was drawn.", file=sys.stderr)
-        sys.exit(130)
+    run_demo(main)

@@ -1,8 +1,9 @@
-"""The types of options that the scripts share, and the options of the lecture's demonstrations."""
+"""The types of options that the scripts share, and what the demonstrations of the lecture have in common."""
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,3 +103,12 @@ def save_picture(figure: Figure, path: Path) -> None:
     except ValueError as error:  # a format that matplotlib does not know
         fail(f"--output {path} cannot be written: {error}")
     print(f"picture: {path}")
+
+
+def run_demo(main: Callable[[], int]) -> NoReturn:
+    """Exit with what a demonstration returns, and after Ctrl-C with one sentence and 130, as a shell does."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C; no picture was drawn.", file=sys.stderr)
+        sys.exit(130)

@@ -11,11 +11,10 @@ third of the seeds get stuck with two points right. Sigmoid units take ten times
 """
 
 import argparse
-import sys
 import warnings
 
 import torch
-from options import demo_parser, positive, save_picture
+from options import demo_parser, positive, run_demo, save_picture
 
 from torch_mlp import nn, plot
 from torch_mlp.descent import gradient_descent
@@ -93,7 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_demo(main)

@@ -1,7 +1,8 @@
-"""scripts/backprop.py and scripts/xor.py, run as their users run them."""
+"""scripts/backprop.py and scripts/xor.py, run as their users run them; and Ctrl-C in each of the demonstrations."""
 
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,20 @@ def test_xor(tmp_path):
     assert accuracies["MLP, tanh"] == accuracies["MLP, step, by hand"] == 100
     assert tables[-1] == "picture: out/regions\n"
     assert is_png(tmp_path / "out" / "regions")
+
+
+@pytest.mark.parametrize("script", ["backprop.py", "landscape.py", "logistic_regression.py", "optimizers.py", "xor.py"])
+def test_ctrl_c(script, monkeypatch, capsys, tmp_path):
+    """One sentence and the exit code of a shell, and no traceback."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which two of them would set for good
+    monkeypatch.setattr("options.demo_parser", stop)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nStopped by Ctrl-C; no picture was drawn.\n"
