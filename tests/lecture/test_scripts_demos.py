@@ -91,10 +91,11 @@ def test_options_of_backprop(tmp_path, options, sentence):
         ("backprop.py", ("--activation", "step"), "argument --activation: invalid choice: 'step'"),
         ("backprop.py", ("--lr", "-1"), "argument --lr: expected a number of at least 0, got -1"),
         ("backprop.py", ("--hidden", "--input", "-1000"), "trace: expected y_hat between 0 and 1, got"),
-        ("backprop.py", ("--output", "a.doc"), "backprop.py: --output a.doc cannot be written: Format 'doc'"),
+        ("backprop.py", ("--output", "a.doc"), "argument --output: expected a file of one of the formats "),
         ("xor.py", ("--hidden", "0"), "argument --hidden: expected a positive integer, got 0"),
         ("xor.py", ("--seed", "x"), "argument --seed: expected an integer from 0 to"),
-        ("xor.py", ("--output", "."), "xor.py: --output . cannot be written: Is a directory"),
+        ("xor.py", ("--output", "."), "argument --output: expected a file, got the folder ."),
+        ("xor.py", ("--output", "/dev/null/a.png"), "xor.py: --output /dev/null/a.png cannot be written: File exists"),
     ],
 )
 def test_bad_options(tmp_path, script, options, sentence):
