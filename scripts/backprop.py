@@ -12,7 +12,7 @@ import math
 import sys
 
 import torch
-from options import demo_parser, fail, not_negative, positive, save_picture
+from options import demo_parser, fail, not_negative, positive, run_demo, save_picture
 
 from torch_mlp import backprop, functional, plot
 from torch_mlp.nn import MLP
@@ -142,4 +142,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_demo(main)

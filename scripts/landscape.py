@@ -9,12 +9,11 @@ between the ends of a line; softmax regression, the network without a hidden lay
 
 import argparse
 import os
-import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported, see train_mnist.py
 
 import torch
-from options import add_data_options, demo_parser, fail, load_demo_data, positive, save_picture
+from options import add_data_options, demo_parser, fail, load_demo_data, positive, run_demo, save_picture
 
 from torch_mlp import nn, plot, training
 from torch_mlp.descent import minibatch_sgd
@@ -84,8 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C; no picture was drawn.", file=sys.stderr)
-        sys.exit(130)
+    run_demo(main)

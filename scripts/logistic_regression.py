@@ -2,15 +2,15 @@
 """Logistic regression of classes that a line separates: without a prior the weights grow for ever, with one they stay.
 
 Once every sample lies on its side of the line, longer weights make each of them more probable, so that maximum
-likelihood has no optimum: ||w|| grows as the logarithm of the steps. Maximum a posteriori (MAP) adds lambda / 2 ||w||^2
-to the sum of log(1 + exp(-y w.x)), which has one. Gradient descent from weights of 0, for several lambdas.
+likelihood has no optimum: ||w|| grows, in the end as the logarithm of the steps. Maximum a posteriori (MAP) adds
+lambda / 2 ||w||^2 to the sum of log(1 + exp(-y w.x)), which then has one. Gradient descent from weights of 0, for
+several lambdas.
 """
 
 import argparse
-import sys
 
 import torch
-from options import demo_parser, positive, save_picture
+from options import demo_parser, positive, run_demo, save_picture
 from tqdm import tqdm
 
 from torch_mlp import nn, plot
@@ -43,13 +43,13 @@ def main() -> int:
     print(f"{len(input)} points, a line separates their classes; {arguments.steps:,} steps of gradient descent\n")
     print("lambda   ||w||, half way   ||w|| at the end   loss at the end   least p(y|x)   right")
     histories: dict[float, list[float]] = {}
-    for decay in LAMBDAS:
+    for prior in LAMBDAS:
         # The mean over the samples, not their sum, is descended, and so lambda is divided by their number.
-        model = nn.LogisticRegression(2, weight_decay=decay / len(input), dtype=torch.float64)
+        model = nn.LogisticRegression(2, weight_decay=prior / len(input), dtype=torch.float64)
         for parameter in model.parameters():
             torch.nn.init.zeros_(parameter)
-        norms = histories[decay] = []
-        for _ in tqdm(range(arguments.steps), f"lambda {decay:g}", unit=" steps", leave=False, disable=None):
+        norms = histories[prior] = []
+        for _ in tqdm(range(arguments.steps), f"lambda {prior:g}", unit=" steps", leave=False, disable=None):
             gradient_descent(model, input, target, lr=LR, max_passes=1)
             norms.append(model.weight.norm().item())
         positive_class = model.predict_proba(input)
@@ -58,7 +58,7 @@ def main() -> int:
         loss = len(input) * model.loss(input, target).item()
         half = norms[len(norms) // 2]
         print(
-            f"{decay:6g}   {half:15.3f}   {norms[-1]:16.3f}   {loss:15.4f}   {probability.min():12.4f}   {right:5.0%}"
+            f"{prior:6g}   {half:15.3f}   {norms[-1]:16.3f}   {loss:15.4f}   {probability.min():12.4f}   {right:5.0%}"
         )
     print()
     save_picture(plot.weight_norms(histories), arguments.output)
@@ -66,8 +66,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C; no picture was drawn.", file=sys.stderr)
-        sys.exit(130)
+    run_demo(main)

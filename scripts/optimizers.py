@@ -10,14 +10,13 @@ SGD, and gradient descent ten times as many.
 import argparse
 import math
 import os
-import sys
 import time
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported, see train_mnist.py
 
 import torch
-from options import add_data_options, demo_parser, load_demo_data, positive, save_picture
+from options import add_data_options, demo_parser, load_demo_data, positive, run_demo, save_picture
 
 from torch_mlp import nn, plot, training
 from torch_mlp.descent import Record, minibatch_sgd
@@ -131,8 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C; no picture was drawn.", file=sys.stderr)
-        sys.exit(130)
+    run_demo(main)

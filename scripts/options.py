@@ -1,11 +1,13 @@
-"""The types of options that the scripts share, and the options of the lecture's demonstrations."""
+"""The types of options that the scripts share, and what the demonstrations of the lecture have in common."""
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from torch_mlp import data
@@ -18,7 +20,7 @@ def demo_parser(description: str | None, picture: str) -> argparse.ArgumentParse
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=picture_path,
         default=Path("runs") / picture,
         metavar="FILE",
         help="the picture, in the format it names",
@@ -45,6 +47,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
     return int(text)
+
+
+def picture_path(text: str) -> Path:
+    """Where a picture can be written, as far as its name tells: not after all the work is done, but before."""
+    path = Path(text)
+    if path.suffix and path.suffix[1:].lower() not in FigureCanvasBase.filetypes:
+        formats = ", ".join(sorted(FigureCanvasBase.filetypes))
+        raise argparse.ArgumentTypeError(f"expected a file of one of the formats {formats}, got {text}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text}")
+    return path
 
 
 def seed(text: str) -> int:
@@ -99,6 +112,13 @@ def save_picture(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except OSError as error:
         fail(f"--output {path} cannot be written: {error.strerror}")
-    except ValueError as error:  # a format that matplotlib does not know
-        fail(f"--output {path} cannot be written: {error}")
     print(f"picture: {path}")
+
+
+def run_demo(main: Callable[[], int]) -> NoReturn:
+    """Exit with what a demonstration returns, and after Ctrl-C with one sentence and 130, as a shell does."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C; no picture was drawn.", file=sys.stderr)
+        sys.exit(130)

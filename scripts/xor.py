@@ -2,8 +2,9 @@
 """XOR, which no line separates: what a perceptron, a linear network and a multilayer perceptron make of it.
 
 The perceptron never stops making mistakes, and a linear network of however many layers is a linear map: neither gets
-more than three of the four points right. A hidden layer does it: of tanh units, trained, or of two step units (OR and
-NAND, and AND of them) with weights by hand, since a step cannot be trained.
+more than three of the four points right. (The best that a linear network can do is a probability of 1/2 for each of
+them, so that a trace of its first weights decides which.) A hidden layer does it: of tanh units, trained, or of two
+step units (OR and NAND, and AND of them) with weights by hand, since a step cannot be trained.
 
 The trained network has four tanh units and torch's initialisation, and goes 300 steps of gradient descent over all four
 points at a learning rate of 1: 199 of 200 seeds get all four right. Two units are enough for XOR, but with --hidden 2 a
@@ -11,11 +12,10 @@ third of the seeds get stuck with two points right. Sigmoid units take ten times
 """
 
 import argparse
-import sys
 import warnings
 
 import torch
-from options import demo_parser, positive, save_picture
+from options import demo_parser, positive, run_demo, save_picture
 
 from torch_mlp import nn, plot
 from torch_mlp.descent import gradient_descent
@@ -93,7 +93,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_demo(main)

@@ -78,7 +78,7 @@ def minibatch_sgd(
         lr: the learning rate :math:`\eta`.
         sampling: "partition" cuts a random permutation of the samples into minibatches, a new one for each pass;
             "random" draws every minibatch at random, with replacement.
-        max_passes: the budget, in passes over the data: a pass are N samples. A step that goes beyond it is not made.
+        max_passes: the budget, in passes over the data: a pass is N samples. A step that goes beyond it is not made.
         tolerance: it has converged when, at the end of a pass, the loss over all of the data has changed by no more
             than this since one pass before; 0 goes on until the loss does not change at all.
         records_per_pass: how often in a pass the loss over all of the data is taken, which costs a forward pass over

@@ -167,13 +167,13 @@ def loss_landscape(steps: Tensor, losses: Tensor, lines: Mapping[str, Tensor]) -
 
 
 def weight_norms(histories: Mapping[float, Sequence[float]]) -> Figure:
-    """Draw how the norm of the weights moves in the steps of a descent, a line for each weight decay.
+    """Draw how the norm of the weights moves in the steps of a descent, a curve for each lambda of the prior.
 
-    Where a line separates two classes, logistic regression without weight decay has no minimum: the norm grows for
-    ever, as the logarithm of the steps. On the logarithmic axis that is a straight line.
+    Where a line separates two classes, logistic regression without a prior has no minimum: the norm grows for ever, in
+    the end as the logarithm of the steps. On the logarithmic axis the curve becomes a straight line.
 
     Args:
-        histories: for each weight decay the norm ||w|| after each step.
+        histories: for each lambda the norm ||w|| after each step.
 
     Returns:
         A figure.
@@ -181,16 +181,16 @@ def weight_norms(histories: Mapping[float, Sequence[float]]) -> Figure:
     Example:
         >>> figure = weight_norms({0.0: [0.5, 1.0, 1.5], 0.1: [0.5, 0.8, 0.9]})
         >>> figure.axes[0].get_legend().get_title().get_text()
-        'weight decay, lambda'
+        'lambda of the prior'
     """
     figure = Figure(figsize=(6.5, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(color=_COLORS)
-    for weight_decay, norms in histories.items():
-        axes.plot(range(1, len(norms) + 1), norms, label=f"{weight_decay:g}")
+    for strength, norms in histories.items():
+        axes.plot(range(1, len(norms) + 1), norms, label=f"{strength:g}")
     axes.set(title="norm of the weights", xlabel="step", ylabel=r"$\|w\|$", xscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(title="weight decay, lambda")
+    axes.legend(title="lambda of the prior")
     return figure
 
 
@@ -325,8 +325,8 @@ def computation_graph(graph: backprop.Graph) -> Figure:
         write(x, half + 0.3, column.title, "black", fontsize=11)
     legend = (
         ("forward: values and weights", forward),
-        ("backward: gradient of the loss by each of them", backward),
-        ("derivative of a node by the one before it", local),
+        ("backward: gradient of the loss with respect to each of them", backward),
+        ("derivative of a node with respect to the one before it", local),
     )
     handles = [Line2D([], [], linestyle="", label=text) for text, _ in legend]
     axes.legend(

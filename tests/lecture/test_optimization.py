@@ -177,6 +177,21 @@ def test_a_learning_rate_that_is_too_large_diverges_and_says_so(method):
     assert model.loss(input, target).isfinite()
 
 
+@pytest.mark.parametrize("method", ["gradient descent", "minibatch SGD"])
+def test_it_stops_when_it_has_converged_or_the_budget_is_used_up(method):
+    """Converged: at the end of a pass the loss has changed by no more than the tolerance since one pass before."""
+    input, target = gaussians()
+    options = {"lr": 0.1, "tolerance": 1e-4, **({"batch_size": len(input) // 2} if method == "minibatch SGD" else {})}
+    for max_passes, converges in ((1000, True), (5, False)):
+        model = nn.LogisticRegression(2, weight_decay=WEIGHT_DECAY, dtype=torch.float64)
+        torch.nn.init.constant_(model.weight, -1.0)  # far from the minimum
+        records = METHODS[method](model, input, target, max_passes=max_passes, **options)
+        changes = [abs(after.loss - before.loss) for before, after in itertools.pairwise(records)]
+        assert (records[-1].passes < max_passes) == converges
+        assert (changes[-1] <= 1e-4) == converges
+        assert min(changes[:-1]) > 1e-4
+
+
 def test_gaussian_initialisation():
     """Weights of mean 0 and the given standard deviation, biases 0."""
     model = nn.MLP(200, 300, 100).init_gaussian_(std=0.05, generator=generator())

@@ -1,7 +1,8 @@
-"""scripts/backprop.py and scripts/xor.py, run as their users run them."""
+"""scripts/backprop.py and scripts/xor.py, run as their users run them; and Ctrl-C in each of the demonstrations."""
 
 import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -90,10 +91,11 @@ def test_options_of_backprop(tmp_path, options, sentence):
         ("backprop.py", ("--activation", "step"), "argument --activation: invalid choice: 'step'"),
         ("backprop.py", ("--lr", "-1"), "argument --lr: expected a number of at least 0, got -1"),
         ("backprop.py", ("--hidden", "--input", "-1000"), "trace: expected y_hat between 0 and 1, got"),
-        ("backprop.py", ("--output", "a.doc"), "backprop.py: --output a.doc cannot be written: Format 'doc'"),
+        ("backprop.py", ("--output", "a.doc"), "argument --output: expected a file of one of the formats "),
         ("xor.py", ("--hidden", "0"), "argument --hidden: expected a positive integer, got 0"),
         ("xor.py", ("--seed", "x"), "argument --seed: expected an integer from 0 to"),
-        ("xor.py", ("--output", "."), "xor.py: --output . cannot be written: Is a directory"),
+        ("xor.py", ("--output", "."), "argument --output: expected a file, got the folder ."),
+        ("xor.py", ("--output", "/dev/null/a.png"), "xor.py: --output /dev/null/a.png cannot be written: File exists"),
     ],
 )
 def test_bad_options(tmp_path, script, options, sentence):
@@ -120,3 +122,20 @@ def test_xor(tmp_path):
     assert accuracies["MLP, tanh"] == accuracies["MLP, step, by hand"] == 100
     assert tables[-1] == "picture: out/regions\n"
     assert is_png(tmp_path / "out" / "regions")
+
+
+@pytest.mark.parametrize("script", ["backprop.py", "landscape.py", "logistic_regression.py", "optimizers.py", "xor.py"])
+def test_ctrl_c(script, monkeypatch, capsys, tmp_path):
+    """One sentence and the exit code of a shell, and no traceback."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which two of them would set for good
+    monkeypatch.setattr("options.demo_parser", stop)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nStopped by Ctrl-C; no picture was drawn.\n"
