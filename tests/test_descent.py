@@ -285,6 +285,20 @@ def test_frozen_parameters_and_gradients_of_others_stay():
     assert all(parameter.grad is None for parameter in free)
 
 
+def test_a_parameter_that_the_loss_does_not_use_stays():
+    model, twin = Mean(), Mean()
+    model.unused = torch.nn.Parameter(torch.ones(2))
+    records = (gradient_descent(each, samples(4), samples(4), lr=0.1, max_passes=2) for each in (model, twin))
+    assert next(records) == next(records)
+    assert torch.equal(model.unused, torch.ones(2))
+
+
+def test_a_model_without_parameters_that_learn():
+    model = nn.MLP(3, 4, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="expected a model with parameters that require grad, got none"):
+        gradient_descent(model, torch.randn(5, 3), torch.zeros(5, dtype=torch.int64), lr=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sampling", ["partition", "random"])
 def test_on_every_device(device, dtype, sampling):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DTYPES, assert_no_less_accurate, assert_same_bits, clones
+from conftest import DTYPES, assert_no_less_accurate, assert_same_bits, clones, why_no_cuda
 from torch.autograd import gradcheck, gradgradcheck
 
 from torch_mlp.functional import cross_entropy, linear_cross_entropy
@@ -138,6 +138,21 @@ def test_a_second_backward_pass(device):
     assert_same_bits(kept, first)
     for left, right in zip(first, second, strict=True):
         torch.testing.assert_close(right, -2 * left)
+
+
+def test_a_cuda_graph_gives_a_backward_pass_more_than_once():
+    """A pass that is recorded may be run again without the forward pass before it."""
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    input, _, _, target = make("cuda", torch.float32)
+    layer = torch.nn.Linear(4, 5, device="cuda")
+    layer.forward = lambda input, target: linear_cross_entropy(input, layer.weight, target, linear_bias=layer.bias)
+    tensors = input, *layer.parameters()
+    one = torch.tensor(1.7, device="cuda")
+    expected = torch.autograd.grad(layer(input, target), tensors, one)
+    loss = torch.cuda.make_graphed_callables(layer, (input, target))(input, target)
+    for _ in range(3):
+        torch.testing.assert_close(torch.autograd.grad(loss, tensors, one, retain_graph=True), expected)
 
 
 @pytest.mark.parametrize("kind", ["probabilities", "places", "probabilities of places", "one row", "one row's"])

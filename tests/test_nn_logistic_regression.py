@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import DTYPES
+from torch.nn.utils import prune
 
 from torch_mlp.nn import LogisticRegression
 
@@ -156,3 +157,37 @@ def test_autocast(device):
         loss = model.loss(input, target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, model.loss(input, target), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_calls_a_layer_with_hooks(device, dtype, reduction):
+    """Pruning computes the weight in one, after each step from the one that learns."""
+    model = LogisticRegression(8, weight_decay=0.3, device=device, dtype=dtype)
+    prune.l1_unstructured(model, "weight", amount=0.5)
+    input = torch.randn(6, 8, device=device, dtype=dtype)
+    target = torch.randint(2, (6,), device=device)
+    for _ in range(3):
+        loss, before = model.loss(input, target, reduction), model.weight_orig.detach().clone()
+        model(input)  # for the reference
+        torch.testing.assert_close(model.weight, before * model.weight_mask)
+        expected = expected_loss(model, input, target, reduction)
+        tolerance = {} if dtype in (torch.float64, torch.float32) else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(loss, expected, **tolerance)
+        parameters = list(model.parameters())
+        ours, theirs = (torch.autograd.grad(each, parameters) for each in (loss, expected))
+        torch.testing.assert_close(ours, theirs, **tolerance)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, ours, strict=True):
+                parameter -= 0.5 * gradient
+    assert torch.equal(model.weight == 0, model.weight_mask == 0)
+    with pytest.raises(ValueError, match="expected reduction mean or sum with weight_decay"):
+        model.loss(input, target, "none")
+
+
+def test_loss_on_the_meta_device():
+    loss = LogisticRegression(3, device="meta").loss(
+        torch.empty(6, 3, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
+    )
+    assert loss.shape == ()
+    assert loss.is_meta

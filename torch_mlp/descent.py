@@ -71,7 +71,8 @@ def minibatch_sgd(
 
     Args:
         model: the model to train: :class:`torch_mlp.nn.MLP` or anything else with ``parameters()`` and a mean
-            ``loss(input, target)``.
+            ``loss(input, target)``. It stays in the mode that it is in, training or not, for the recorded losses too:
+            where it drops out units, they are as random as those of the steps.
         input: the samples.
         target: what ``model.loss`` takes for each of them.
         batch_size: samples in a minibatch, 1 to N; the last one of a pass is smaller where N is no multiple of it.
@@ -96,7 +97,7 @@ def minibatch_sgd(
     Raises:
         FloatingPointError: if a recorded loss is not finite; the model is as it was at the record before.
         RuntimeError: if input and target do not have the same number of samples, or none.
-        ValueError: if an option is not known or out of its range.
+        ValueError: if an option is not known or out of its range, or no parameter requires grad.
 
     Example:
         >>> from torch_mlp import nn
@@ -117,6 +118,8 @@ def minibatch_sgd(
     used = 0
     records: list[Record] = []
     weights: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not weights:
+        raise ValueError("minibatch_sgd: expected a model with parameters that require grad, got none")
     recorded = [torch.empty_like(weight) for weight in weights]
 
     def record() -> float:
@@ -137,7 +140,9 @@ def minibatch_sgd(
         for batch, batch_target in _minibatches(input, target, batch_size, sampling, generator):
             if used + len(batch) > budget:
                 break
-            gradients = torch.autograd.grad(model.loss(batch, batch_target), weights)
+            loss = model.loss(batch, batch_target)
+            # Of a parameter that the loss does not use the gradient is 0.
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
             with torch.no_grad():
                 for weight, gradient in zip(weights, gradients, strict=True):
                     weight -= lr * gradient

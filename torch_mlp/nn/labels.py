@@ -9,8 +9,8 @@ from torch_mlp.ops.transforms import in_transform
 def zero_one(op: str, target: Tensor, rows: torch.Size, dtype: torch.dtype) -> Tensor:
     """Labels in {0, 1} or {-1, +1}, of shape (*rows) or (*rows, 1), as 0 and 1 of shape (*rows) and the given dtype.
 
-    Looking at the labels waits for the device once. Where they cannot be looked at, under torch.compile and in
-    torch.func, one that is none of -1, 0 and 1 becomes NaN, and so does the loss.
+    Looking at the labels waits for the device once. Where they cannot be looked at, under torch.compile, in
+    torch.func and on the meta device, one that is none of -1, 0 and 1 becomes NaN, and so does the loss.
 
     Raises:
         ValueError: if a shape does not fit, or a label is none of these, or there are 0 and -1.
@@ -21,7 +21,7 @@ def zero_one(op: str, target: Tensor, rows: torch.Size, dtype: torch.dtype) -> T
         raise ValueError(f"{op}: expected target of an integer, floating-point or bool dtype, got {target.dtype}")
     labels = target.reshape(rows).to(torch.float64)  # in which 255 of uint8 is not -1
     is_one, is_zero, is_minus_one = labels == 1, labels == 0, labels == -1
-    if torch.compiler.is_compiling() or in_transform():
+    if torch.compiler.is_compiling() or in_transform() or target.is_meta:
         return is_one.to(dtype).where(is_one | is_zero | is_minus_one, torch.nan)
     if not (is_one | is_zero).all() | (is_one | is_minus_one).all():
         found = labels.unique()

@@ -6,6 +6,13 @@ from torch import Tensor
 from torch_mlp import functional
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling the module does more than its forward, such as to compute the weight of a pruned layer."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class LinearAct(torch.nn.Linear):
     r"""A linear layer and its activation in one op: ``activation(input @ weight.T + bias)``.
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from torch_mlp import functional
 from torch_mlp.nn.labels import zero_one
+from torch_mlp.nn.linear import has_hooks
+from torch_mlp.ops.binary_cross_entropy import add_l2_penalty
 
 
 class LogisticRegression(torch.nn.Linear):
@@ -81,8 +83,8 @@ class LogisticRegression(torch.nn.Linear):
         Args:
             input: :math:`(*, in\_features)`.
             target: the label of each sample, :math:`(*)` or :math:`(*, 1)`, all in {0, 1} or all in {-1, +1}, of any
-                integer or floating-point dtype, or bool. On a GPU looking at them waits for it; under torch.compile and
-                in torch.func nobody looks, and any other label makes the loss NaN.
+                integer or floating-point dtype, or bool. On a GPU looking at them waits for it; under torch.compile, in
+                torch.func and on the meta device nobody looks, and any other label makes the loss NaN.
             reduction: "mean" or "sum"; also "none" where there is no weight decay.
 
         Raises:
@@ -93,6 +95,10 @@ class LogisticRegression(torch.nn.Linear):
             >>> model.loss(torch.randn(8, 3), torch.ones(8)).backward()
         """
         target = zero_one("LogisticRegression.loss", target, input.shape[:-1], self.weight.dtype)
+        if has_hooks(self) and not (self.weight_decay and reduction == "none"):  # which the function refuses
+            logits = self(input).squeeze(-1)
+            loss = functional.binary_cross_entropy_with_logits(logits, target, reduction=reduction)
+            return add_l2_penalty(loss, self.weight, self.weight_decay)
         return functional.linear_binary_cross_entropy(
             input,
             self.weight,

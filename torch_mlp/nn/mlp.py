@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from torch_mlp import functional
-from torch_mlp.nn.linear import LinearAct
+from torch_mlp.nn.linear import LinearAct, has_hooks
 
 # What the outputs stand for, and the loss of outputs and targets that goes with it.
 HEADS: dict[str, Callable[..., Tensor]] = {
@@ -17,12 +17,6 @@ HEADS: dict[str, Callable[..., Tensor]] = {
     "binary": functional.binary_cross_entropy_with_logits,
     "multiclass": functional.cross_entropy,
 }
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class MLP(torch.nn.Module):
@@ -134,7 +128,7 @@ class MLP(torch.nn.Module):
         """
         if self.head == "multiclass":
             # Hooks of the model itself, as those with which FSDP fetches its parameters, run where it is called.
-            if not _has_hooks(self) and (parameters := self._plain_parameters()) is not None:
+            if not has_hooks(self) and (parameters := self._plain_parameters()) is not None:
                 return functional.mlp_cross_entropy(input, *parameters, target, self.activation, **options)
             return functional.cross_entropy(self(input), target, **options)
         # Broadcasting would make a loss of N * N pairs of outputs (N, 1) and targets (N).
@@ -157,7 +151,7 @@ class MLP(torch.nn.Module):
             if (
                 type(layer) is not LinearAct
                 or layer.activation != ("identity" if is_last else self.activation)
-                or _has_hooks(layer)
+                or has_hooks(layer)
             ):
                 return None
             weights.append(layer.weight)

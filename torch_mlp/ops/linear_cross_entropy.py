@@ -94,9 +94,15 @@ def _differentiable_backward(
 def _is_last_use(grad_output: Tensor) -> bool:
     """Whether the graph is freed behind the backward pass that runs, so that what it saved can become its result.
 
-    The gradient of a large weight is as much memory as all the rest of the pass.
+    The gradient of a large weight is as much memory as all the rest of the pass. A pass that a CUDA graph records is
+    run again as often as the graph is, without a forward pass before it if need be.
     """
-    return not (torch.compiler.is_compiling() or is_legacy_batchedtensor(grad_output) or graph_is_kept())
+    return not (
+        torch.compiler.is_compiling()
+        or is_legacy_batchedtensor(grad_output)
+        or graph_is_kept()
+        or (grad_output.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
