@@ -49,8 +49,9 @@ __device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, i
     running = grown;
   });
   maximum = lanes_reduce<lanes>(running, Max{});
-  partial = lanes_reduce<lanes>(partial * std::exp(running - shift_of(maximum)), Add{});
-  sum = maximum == -kInfinity<compute> && classes > 0 ? kNaN<compute> : partial;
+  // In double: of many threads' rounded sums, the error would be in all gradients of the row.
+  const double total = lanes_reduce<lanes>(double(partial * std::exp(running - shift_of(maximum))), Add{});
+  sum = maximum == -kInfinity<compute> && classes > 0 ? kNaN<compute> : compute(total);
 }
 
 }  // namespace
