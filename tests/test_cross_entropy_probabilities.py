@@ -10,6 +10,7 @@ from torch_mlp.functional import cross_entropy
 eager = torch.nn.functional.cross_entropy
 reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 smoothings = pytest.mark.parametrize("label_smoothing", [0.0, 0.3, 1.0])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 weights = pytest.mark.parametrize("weighted", [False, True])
 
 
@@ -36,7 +37,7 @@ def upstream(loss_like):
 @weights
 @smoothings
 @reductions
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes
 def test_accuracy(device, dtype, reduction, label_smoothing, weighted, shape):
     tensors = make(device, dtype, shape, weighted)
     exact = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
@@ -112,6 +113,18 @@ def test_infinite_and_nan_logits(device):
     target = torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5], [0.2, 0.3, 0.5], [0.1, 0.0, 0.9]], device=device)
     ours, theirs = (f(input, target, reduction="none") for f in (cross_entropy, eager))
     torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("logit", [0.7, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("probability", [0.4, torch.nan, torch.inf])
+@dtypes
+def test_one_class_alone(device, dtype, logit, probability):
+    """It has no gradient, exactly, but NaN where torch's is."""
+    input, target = (torch.tensor([[value]], device=device, dtype=dtype) for value in (logit, probability))
+    grad_output = torch.tensor(0.7, device=device, dtype=dtype)
+    tensors = input.requires_grad_(), target.requires_grad_(), None, grad_output
+    ours, theirs = (results(f, *tensors, reduction="sum") for f in (cross_entropy, eager))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("how", ["transposed", "every other", "expanded"])

@@ -64,6 +64,13 @@ def test_loss_is_the_same_without_lse(device, kind, reduction):
     assert not torch.equal(alone, cross_entropy(input, target, weight, reduction=reduction))
 
 
+def test_lse_of_no_classes(device):
+    """-inf, as of any empty sum."""
+    input = torch.empty(3, 0, device=device)
+    _, lse = cross_entropy(input, input, return_lse=True)
+    torch.testing.assert_close(lse, torch.logsumexp(input, 1))
+
+
 @reductions
 @kinds
 def test_gradcheck(device, kind, reduction):

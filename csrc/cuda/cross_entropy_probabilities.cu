@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     of_targets = lanes_reduce<lanes>(of_targets, Add{});
     deficit = lanes_reduce<lanes>(deficit, Add{});
     if (is_row && lane == 0) {
-      const double row_loss = of_targets * std::log(double(sum)) + deficit;
+      const double row_loss = classes == 0 ? 0 : of_targets * std::log(double(sum)) + deficit;
       lse[i] = maximum;
       lse[rows + i] = sum;
       of_rows[i] = row_loss;
@@ -91,15 +91,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     const double scale = double(compute(grad_output[i * grad_stride])) / divisor;
     const compute maximum = lse[i], sum = lse[rows + i], log_sum = compute(std::log(double(sum)));
     const compute of_lse = grad_lse ? grad_lse[i] : compute(0);
-    const compute of_exp = compute((scale * of_targets + double(of_lse)) / double(sum));
-    const compute factor = compute(scale);
-    const bool is_alone = classes == 1;  // whose gradient must be exactly that of lse
+    // One class alone must get exactly the gradient of lse: what is taken off the others is 0 for it, or NaN.
+    const bool is_alone = classes == 1;
+    const double of_softmax = is_alone ? of_targets - of_targets : of_targets;
+    const compute of_exp = compute((scale * of_softmax + double(of_lse)) / double(sum));
+    const compute factor = compute(scale), of_target = is_alone ? compute(0) : factor;
     for_each_pack<scalar_t>(row_phase, classes, lane, lanes, [&](auto at) {
       auto logits = load(x, at), weights = load(t, at);
 #pragma unroll
       for (int j = 0; j < at.width; ++j) {
         const compute value = compute(logits.values[j]), weight = compute(weights.values[j]);
-        logits.values[j] = is_alone ? of_lse : of_exp * std::exp(value - maximum) - factor * weight;
+        logits.values[j] = of_exp * std::exp(value - maximum) - of_target * weight;
         weights.values[j] = factor * (log_sum + (maximum - value));
       }
       if (grad_input) {

@@ -28,7 +28,7 @@ __device__ compute shift_of(compute maximum) {
 }
 
 // The maximum m of a row, and sum_c exp(x_c - m). A row that holds NaN or +inf, or nothing but -inf, has NaN for the
-// latter, and so for loss and gradient, as in torch.
+// latter, and so for loss and gradient, as in torch; one of no classes has -inf and 0.
 template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
 __device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, int lane, compute& maximum,
                             compute& sum) {
@@ -49,8 +49,9 @@ __device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, i
     running = grown;
   });
   maximum = lanes_reduce<lanes>(running, Max{});
-  partial = lanes_reduce<lanes>(partial * std::exp(running - shift_of(maximum)), Add{});
-  sum = maximum == -kInfinity<compute> ? kNaN<compute> : partial;
+  // In double: of many threads' rounded sums, the error would be in all gradients of the row.
+  const double total = lanes_reduce<lanes>(double(partial * std::exp(running - shift_of(maximum))), Add{});
+  sum = maximum == -kInfinity<compute> && classes > 0 ? kNaN<compute> : compute(total);
 }
 
 }  // namespace
