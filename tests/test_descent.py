@@ -345,8 +345,9 @@ def test_shapes_that_do_not_fit(descend, inputs, targets):
         descend(Mean(), torch.zeros(inputs), torch.zeros(targets), lr=0.1)
 
 
-def test_a_number_is_no_data():
+@pytest.mark.parametrize("descend", [sgd, gradient_descent])
+def test_a_number_is_no_data(descend):
     with pytest.raises(
         RuntimeError, match=r"expected input of shape \(N, \*\) .* of at least one sample, got \(\) and"
     ):
-        sgd(Mean(), torch.zeros(()), torch.zeros(()), lr=0.1)
+        descend(Mean(), torch.zeros(()), torch.zeros(()), lr=0.1)

@@ -119,6 +119,8 @@ def test_other_errors():
         model.loss(input, target, reduction="avg")
     with pytest.raises(RuntimeError, match=r"expected weight of shape \(out_features, 4\), got \(1, 5\)"):
         model.loss(torch.randn(3, 4), target)
+    with pytest.raises(TypeError, match=r"LogisticRegression.loss: expected target to be a Tensor, got list"):
+        model.loss(input, [1, 0, 1])
 
 
 def test_copies_keep_the_weight_decay(device):

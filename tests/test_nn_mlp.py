@@ -161,6 +161,12 @@ def test_no_target_is_broadcast(head, outs, shape, sentence):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_a_target_that_is_no_tensor(head):
+    with pytest.raises(TypeError, match="expected target to be a Tensor, got list"):
+        MLP(5, [4], 1, head=head).loss(torch.randn(2, 5), [0, 0])
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_loss_calls_a_model_with_hooks(head):
     model, calls = MLP(5, [4], 3, head=head), []
     input, target = torch.randn(7, 5), a_target(head, (7, 3), 3, "cpu")

@@ -200,7 +200,7 @@ def gradient_descent(
         model,
         input,
         target,
-        batch_size=len(input),
+        batch_size=len(input) if input.dim() else 1,  # which minibatch_sgd refuses
         lr=lr,
         max_passes=max_passes,
         tolerance=tolerance,

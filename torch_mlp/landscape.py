@@ -68,6 +68,9 @@ def losses_on_plane(
     Returns:
         float64 (len(steps), len(steps)), on the CPU: a row for each y, a column for each x.
 
+    Raises:
+        ValueError: if a direction has other shapes than the parameters.
+
     Example:
         >>> from torch_mlp import nn
         >>> model, input, target = nn.MLP(2, 8, 2), torch.randn(50, 2), torch.randint(2, (50,))
@@ -77,6 +80,12 @@ def losses_on_plane(
         True
     """
     centre = [parameter.detach() for parameter in model.parameters()]
+    shapes = [[tuple(value.shape) for value in values] for values in (centre, first, second)]
+    if shapes[1:] != shapes[:1] * 2:
+        raise ValueError(
+            f"losses_on_plane: expected directions of the shapes of the parameters, {shapes[0]}, got {shapes[1]} and "
+            f"{shapes[2]}"
+        )
     places = (
         [value + x * along + y * across for value, along, across in zip(centre, first, second, strict=True)]
         for y in steps.tolist()

@@ -101,6 +101,15 @@ def test_models_of_different_shapes():
         losses_between(nn.MLP(2, 5, 2), nn.MLP(2, 6, 2), *xor(4))
 
 
+def test_directions_of_other_shapes():
+    """A row would be added to every row, and no one would notice."""
+    model = nn.MLP(2, 5, 2)
+    direction = filter_normalized_direction(model)
+    for other in (direction[:-1], [direction[0][:1], *direction[1:]]):
+        with pytest.raises(ValueError, match="losses_on_plane: expected directions of the shapes of the parameters"):
+            losses_on_plane(model, *xor(4), direction, other, torch.zeros(1))
+
+
 @pytest.mark.parametrize(
     ("losses", "height"),
     [([0.0, 1.0], 0.0), ([4.0, 1.0, 0.0, 1.0, 4.0], 0.0), ([0.0, 1.0, 2.0], 0.0), ([1.0, 3.0, 4.0, 2.0, 3.0], 2.0)],

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from torch_mlp.functional.arguments import check_tensors
 from torch_mlp.ops.transforms import in_transform
 
 
@@ -13,8 +14,10 @@ def zero_one(op: str, target: Tensor, rows: torch.Size, dtype: torch.dtype) -> T
     torch.func and on the meta device, one that is none of -1, 0 and 1 becomes NaN, and so does the loss.
 
     Raises:
+        TypeError: if target is no tensor.
         ValueError: if a shape does not fit, or a label is none of these, or there are 0 and -1.
     """
+    check_tensors(op, target=target)
     if target.shape not in (rows, (*rows, 1)):
         raise ValueError(f"{op}: expected target of shape {tuple(rows)}, got {tuple(target.shape)}")
     if target.is_complex():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from torch_mlp import functional
+from torch_mlp.functional.arguments import check_tensors
 from torch_mlp.nn.linear import LinearAct, has_hooks
 
 # What the outputs stand for, and the loss of outputs and targets that goes with it.
@@ -120,6 +121,7 @@ class MLP(torch.nn.Module):
                 :func:`torch_mlp.functional.cross_entropy`, such as ``reduction``; "none" gives a loss for each target.
 
         Raises:
+            TypeError: if input or target is no tensor.
             ValueError: if the shape of target does not fit; and the errors of these functions.
 
         Example:
@@ -131,6 +133,7 @@ class MLP(torch.nn.Module):
             if not has_hooks(self) and (parameters := self._plain_parameters()) is not None:
                 return functional.mlp_cross_entropy(input, *parameters, target, self.activation, **options)
             return functional.cross_entropy(self(input), target, **options)
+        check_tensors("MLP.loss", input=input, target=target)
         # Broadcasting would make a loss of N * N pairs of outputs (N, 1) and targets (N).
         rows, outs = input.shape[:-1], self.out_features
         if target.shape != (*rows, outs) and not (outs == 1 and target.shape == rows):
