@@ -1,8 +1,5 @@
-// What the kernels of linear_cross_entropy share on CPU and CUDA: their arguments, which gradients are needed, and the
-// weight of a target.
+// What the kernels of linear_cross_entropy share on CPU and CUDA: their arguments, and which gradients are needed.
 #pragma once
-
-#include <torch/headeronly/macros/Macros.h>
 
 #include <optional>
 
@@ -31,14 +28,6 @@ inline Arguments contiguous_arguments(const Tensor& input, const Tensor& linear_
   };
   return {as_contiguous(input), as_contiguous(linear_weight), contiguous(linear_bias), as_contiguous(target),
           contiguous(weight)};
-}
-
-// What a target adds to the divisor of the mean. A wrong one adds nothing here, and is found where its loss is
-// computed.
-template <typename scalar_t>
-C10_HOST_DEVICE double target_weight(int64_t label, const scalar_t* weight, int64_t classes, int64_t ignore_index) {
-  const bool counts = label != ignore_index && label >= 0 && label < classes;
-  return !counts ? 0.0 : weight ? double(compute_t<scalar_t>(weight[label])) : 1.0;
 }
 
 }  // namespace torch_mlp

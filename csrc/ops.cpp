@@ -25,6 +25,11 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
       "float label_smoothing) -> (Tensor, Tensor, Tensor)");
 
+  // the same and, of one visit of the logits, their gradient for a grad_output of 1, of the loss of each row for "none"
+  m.def(
+      "_cross_entropy_with_gradient(Tensor input, Tensor target, Tensor? weight, str reduction, int ignore_index, "
+      "float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // grad_input from the saved lse and total_weight; grad_lse (batch,) is that of log(sum(exp(row)))
   m.def(
       "_cross_entropy_backward(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor? weight, "

@@ -62,12 +62,12 @@ void probabilities_backward_rows(const RowGradients<scalar_t, compute_t<scalar_t
       const double scale = incoming.of_rows ? double(incoming.of_rows[i * incoming.stride]) : incoming.of_all;
       if (grad_input && classes > 0) {
         const double of_lse = incoming.of_lse ? double(incoming.of_lse[i]) : 0.0;
-        const double numerator = scale * sum_of_row(t, classes) + of_lse;
+        const compute numerator = compute(scale * sum_of_row(t, classes) + of_lse);
         // The first class's own is rounded as the numerator is: one class alone must get exactly 0.
         const compute offset = compute(scale), at_first = compute(scale * double(t[0]));
         const int64_t first = 0;
-        gradient(x, t, grad_input + i * classes, 1, classes, maximum + i, sum + i, &numerator, &offset, &first,
-                 &at_first);
+        gradient(x, grad_input + i * classes, 1, classes, &first, maximum + i, sum + i,
+                 TermsOf<scalar_t>{t, &numerator, &offset, &at_first});
       }
       if (grad_target) {
         const compute log_sum = compute(std::log(double(sum[i]))), factor = compute(scale);

@@ -21,10 +21,9 @@ namespace torch_mlp {
 namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 18;  // exponentials that pay for waking a thread: 0.1 ms
-// The blocks of rows whose losses are summed: at most so many, of at least so many logits each.
-constexpr int64_t kMaxSumBlocks = 64;
-constexpr int64_t kMinSumElements = 1 << 12;
-constexpr int64_t kRowsAtOnce = 256;  // whose statistics stay in the first-level cache
+constexpr int64_t kMaxSumBlocks = 64;            // of rows whose losses are summed
+constexpr int64_t kRowsAtOnce = 256;             // whose statistics stay in the first-level cache
+constexpr int64_t kElementsAtOnce = 1 << 16;     // logits that stay in the second-level cache
 
 struct Options {
   Reduction reduction;
@@ -137,22 +136,44 @@ double deficit(const scalar_t* x, const scalar_t* weight, int64_t classes, compu
 }
 
 template <typename scalar_t>
-void gradient(const scalar_t* x, const scalar_t* weight, scalar_t* grad, int64_t rows, int64_t classes,
-              const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* sum, const double* numerator,
-              const compute_t<scalar_t>* offset, const int64_t* label, const compute_t<scalar_t>* at_label) {
+using TermsOf = GradientTerms<scalar_t, compute_t<scalar_t>>;
+
+template <typename scalar_t>
+auto terms_of_bits(const TermsOf<scalar_t>& terms) {
+  using bits_t = std::remove_const_t<std::remove_pointer_t<decltype(bits_of(terms.weight))>>;
+  return GradientTerms<bits_t>{bits_of(terms.weight), terms.numerator, terms.offset, terms.at_label};
+}
+
+template <typename scalar_t>
+void gradient(const scalar_t* x, scalar_t* grad, int64_t rows, int64_t classes, const int64_t* label,
+              const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* sum, const TermsOf<scalar_t>& terms) {
   using compute = compute_t<scalar_t>;
   if constexpr (has_vector_kernels<scalar_t>) {
-    softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(weight), bits_of(grad), rows, classes, maximum, sum,
-                                         numerator, offset, label, at_label);
+    softmax_kernels<scalar_t>().gradient(bits_of(x), bits_of(grad), rows, classes, label, maximum, sum,
+                                         terms_of_bits<scalar_t>(terms));
   } else {
     for (int64_t i = 0; i < rows; ++i, x += classes, grad += classes) {
-      const compute factor = compute(numerator[i] / double(sum[i]));
+      const compute factor = terms.numerator[i] / sum[i], offset = terms.offset ? terms.offset[i] : compute(0);
       for (int64_t c = 0; c < classes; ++c) {
-        const compute elsewhere = offset ? offset[i] * (weight ? compute(weight[c]) : compute(1)) : compute(0);
-        const compute value = factor * std::exp(compute(x[c]) - maximum[i]) - (c == label[i] ? at_label[i] : elsewhere);
+        const compute elsewhere = offset * (terms.weight ? compute(terms.weight[c]) : compute(1));
+        const compute value =
+            factor * std::exp(compute(x[c]) - maximum[i]) - (c == label[i] ? terms.at_label[i] : elsewhere);
         grad[c] = scalar_t(label[i] < 0 ? compute(0) : value);
       }
     }
+  }
+}
+
+template <typename scalar_t>
+void statistics_and_gradient(const scalar_t* x, scalar_t* grad, int64_t rows, int64_t classes, const int64_t* label,
+                             const TermsOf<scalar_t>& terms, compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum,
+                             compute_t<scalar_t>* at_label) {
+  if constexpr (has_vector_kernels<scalar_t>) {
+    softmax_kernels<scalar_t>().statistics_and_gradient(bits_of(x), bits_of(grad), rows, classes, label,
+                                                        terms_of_bits<scalar_t>(terms), maximum, sum, at_label);
+  } else {
+    statistics(x, label, rows, classes, maximum, sum, at_label);
+    gradient(x, grad, rows, classes, label, maximum, sum, terms);
   }
 }
 
@@ -186,26 +207,106 @@ double sum_of(const double* values, int64_t count) {
   return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
-// Writes each row's maximum and sum, and its loss unless that is null.
+// The terms of the gradients of at most kRowsAtOnce rows.
+template <typename scalar_t, typename grad_t>
+class RowTerms {
+ public:
+  using compute = compute_t<scalar_t>;
+
+  RowTerms(const RowGradients<grad_t, compute>& incoming, const scalar_t* weight, double weight_sum, int64_t rows,
+           int64_t classes, double label_smoothing)
+      : incoming_(incoming),
+        weight_(weight),
+        weight_sum_(weight_sum),
+        confidence_(1 - label_smoothing),
+        smoothing_(label_smoothing / double(classes)),
+        are_alike_(!incoming.of_rows && !incoming.of_lse && !weight) {
+    for (int64_t k = 0; are_alike_ && k < std::min(kRowsAtOnce, rows); ++k) {
+      set(k, incoming.of_all, 1, 0);
+    }
+  }
+
+  // Those of the rows from begin on.
+  TermsOf<scalar_t> of(int64_t begin, int64_t count, const int64_t* label) {
+    for (int64_t k = 0; !are_alike_ && k < count; ++k) {
+      const int64_t i = begin + k;
+      set(k, incoming_.of_rows ? double(incoming_.of_rows[i * incoming_.stride]) : incoming_.of_all,
+          weight_ && label[k] >= 0 ? double(weight_[label[k]]) : 1.0,
+          incoming_.of_lse ? double(incoming_.of_lse[i]) : 0.0);
+    }
+    return {weight_, numerator_.data(), smoothing_ == 0 ? nullptr : offset_.data(), at_label_.data()};
+  }
+
+ private:
+  void set(int64_t k, double scale, double target_weight, double of_lse) {
+    const double row_weight = confidence_ * target_weight;
+    numerator_[k] = compute(scale * (row_weight + smoothing_ * weight_sum_) + of_lse);
+    offset_[k] = compute(scale * smoothing_);
+    // The sum of both: one class alone must get exactly 0.
+    at_label_[k] = compute(scale * (row_weight + smoothing_ * target_weight));
+  }
+
+  const RowGradients<grad_t, compute>& incoming_;
+  const scalar_t* weight_;
+  const double weight_sum_, confidence_, smoothing_;
+  const bool are_alike_;
+  std::array<compute, kRowsAtOnce> numerator_, offset_, at_label_;
+};
+
+// How many rows are visited together, so that they stay in cache from one visit to the next: a multiple of those that
+// vectors and the kernels' own steps hold, where there are so many.
+inline int64_t rows_at_once(int64_t classes) {
+  constexpr int64_t multiple = 16;
+  return std::clamp<int64_t>(kElementsAtOnce / std::max<int64_t>(1, classes) / multiple * multiple, 1, kRowsAtOnce);
+}
+
+// By what the mean is divided.
+template <typename scalar_t>
+double total_weight_of(const int64_t* target, const scalar_t* weight, int64_t rows, int64_t classes,
+                       int64_t ignore_index) {
+  std::array<int64_t, kRowsAtOnce> label;
+  double total = 0;
+  for (int64_t i = 0; i < rows; i += kRowsAtOnce) {
+    const int64_t count = std::min(kRowsAtOnce, rows - i);
+    const int64_t kept = kernels().labels(target + i, count, classes, ignore_index, label.data()).classes;
+    total += !weight ? double(kept)
+                     : std::accumulate(label.begin(), label.begin() + count, 0.0,
+                                       [&](double sum, int64_t c) { return c < 0 ? sum : sum + double(weight[c]); });
+  }
+  return total;
+}
+
+// Writes each row's maximum and sum, its loss unless that is null, and unless grad_input is null the gradient of the
+// logits by the sum of the losses times scale; it may take the place of the logits.
 template <typename scalar_t, typename loss_t>
 RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, loss_t* loss,
-                           compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum, int64_t rows, int64_t classes,
-                           const Options& options) {
+                           compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum, scalar_t* grad_input, double scale,
+                           int64_t rows, int64_t classes, const Options& options) {
   using compute = compute_t<scalar_t>;
   const double confidence = 1 - options.label_smoothing, smoothing = options.label_smoothing / double(classes);
   const double weight_sum = sum_of_weights(weight, classes);
-  const int64_t block_rows =
-      std::max(ceil_div(rows, kMaxSumBlocks), ceil_div(kMinSumElements, std::max<int64_t>(1, classes)));
-  const int64_t blocks = ceil_div(rows, block_rows);
+  const int64_t at_once = rows_at_once(classes),
+                block_rows = ceil_div(ceil_div(rows, kMaxSumBlocks), at_once) * at_once;
+  const int64_t blocks = rows > 0 ? ceil_div(rows, block_rows) : 0;
+  const RowGradients<compute, compute> incoming{scale, nullptr, 0, nullptr};
   std::array<RowSums, kMaxSumBlocks> of_blocks{};
 
-  const auto rows_between = [&](int64_t begin, int64_t end) {
+  const auto rows_between = [&](int64_t begin, int64_t end, RowTerms<scalar_t, compute>& terms) {
     const int64_t count = end - begin;
+    const scalar_t* x = input + begin * classes;
+    scalar_t* grad = grad_input + begin * classes;
     std::array<int64_t, kRowsAtOnce> label;
     std::array<compute, kRowsAtOnce> at_label, log_sum;
     std::array<double, kRowsAtOnce> row_loss;
     const LabelCounts counts = kernels().labels(target + begin, count, classes, options.ignore_index, label.data());
-    statistics(input + begin * classes, label.data(), count, classes, maximum + begin, sum + begin, at_label.data());
+    // The deficit is computed of logits, whose place their gradient may take.
+    const bool is_one_visit = grad_input && smoothing == 0;
+    if (is_one_visit) {
+      statistics_and_gradient(x, grad, count, classes, label.data(), terms.of(begin, count, label.data()),
+                              maximum + begin, sum + begin, at_label.data());
+    } else {
+      statistics(x, label.data(), count, classes, maximum + begin, sum + begin, at_label.data());
+    }
     losses(maximum + begin, sum + begin, at_label.data(), label.data(), count, log_sum.data(), row_loss.data());
     double target_weight = double(counts.classes);
     if (weight || smoothing > 0) {
@@ -216,11 +317,15 @@ RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const s
           row_loss[k] *= confidence * row_weight;
           if (smoothing > 0) {
             row_loss[k] += smoothing * (weight_sum * double(log_sum[k]) +
-                                        deficit(input + (begin + k) * classes, weight, classes, maximum[begin + k]));
+                                        deficit(x + k * classes, weight, classes, maximum[begin + k]));
           }
           target_weight += row_weight;
         }
       }
+    }
+    if (grad_input && !is_one_visit) {
+      gradient(x, grad, count, classes, label.data(), maximum + begin, sum + begin,
+               terms.of(begin, count, label.data()));
     }
     if (loss) {
       std::transform(row_loss.begin(), row_loss.begin() + count, loss + begin,
@@ -230,10 +335,12 @@ RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const s
   };
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, block_rows * classes));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    RowTerms<scalar_t, compute> terms(incoming, weight, weight_sum, grad_input ? rows : 0, classes,
+                                      options.label_smoothing);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t last = std::min((block + 1) * block_rows, rows);
-      for (int64_t i = block * block_rows; i < last; i += kRowsAtOnce) {
-        of_blocks[block] = of_blocks[block] + rows_between(i, std::min(i + kRowsAtOnce, last));
+      for (int64_t i = block * block_rows; i < last; i += at_once) {
+        of_blocks[block] = of_blocks[block] + rows_between(i, std::min(i + at_once, last), terms);
       }
     }
   });
@@ -246,38 +353,19 @@ bool cross_entropy_backward_rows(const RowGradients<grad_t, compute_t<scalar_t>>
                                  const int64_t* target, const scalar_t* weight, const compute_t<scalar_t>* maximum,
                                  const compute_t<scalar_t>* sum, scalar_t* grad_input, int64_t rows, int64_t classes,
                                  const Options& options) {
-  using compute = compute_t<scalar_t>;
-  const double confidence = 1 - options.label_smoothing, smoothing = options.label_smoothing / double(classes);
   const double weight_sum = sum_of_weights(weight, classes);
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, classes));
   std::atomic<bool> are_right = true;
   torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
     std::array<int64_t, kRowsAtOnce> label;
-    std::array<double, kRowsAtOnce> numerator;
-    std::array<compute, kRowsAtOnce> offset, at_label;
-    const auto set_row = [&](int64_t k, double scale, double target_weight) {
-      const double row_weight = confidence * target_weight;
-      numerator[k] = scale * (row_weight + smoothing * weight_sum);
-      offset[k] = compute(scale * smoothing);
-      // The sum of both: one class alone must get exactly 0.
-      at_label[k] = compute(scale * (row_weight + smoothing * target_weight));
-    };
-    const bool are_alike = !incoming.of_rows && !incoming.of_lse && !weight;
-    for (int64_t k = 0; are_alike && k < std::min(kRowsAtOnce, last - first); ++k) {
-      set_row(k, incoming.of_all, 1);
-    }
+    RowTerms<scalar_t, grad_t> terms(incoming, weight, weight_sum, last - first, classes, options.label_smoothing);
     for (int64_t begin = first; begin < last; begin += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, last - begin);
       if (kernels().labels(target + begin, count, classes, options.ignore_index, label.data()).wrong) {
         are_right = false;
       }
-      for (int64_t k = 0; !are_alike && k < count; ++k) {
-        set_row(k, incoming.of_rows ? double(incoming.of_rows[(begin + k) * incoming.stride]) : incoming.of_all,
-                weight && label[k] >= 0 ? double(weight[label[k]]) : 1.0);
-        numerator[k] += incoming.of_lse ? double(incoming.of_lse[begin + k]) : 0.0;
-      }
-      gradient(input + begin * classes, weight, grad_input + begin * classes, count, classes, maximum + begin,
-               sum + begin, numerator.data(), smoothing == 0 ? nullptr : offset.data(), label.data(), at_label.data());
+      gradient(input + begin * classes, grad_input + begin * classes, count, classes, label.data(), maximum + begin,
+               sum + begin, terms.of(begin, count, label.data()));
     }
   });
   return are_right;

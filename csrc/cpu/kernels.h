@@ -91,7 +91,20 @@ struct LabelCounts {
   int64_t classes, wrong;
 };
 
-// x is a contiguous matrix (rows, classes), label[i] a class or -1 for a row that does not count.
+// What the gradient of a row of logits is made of, in the order of computation:
+//   grad[i, c] = numerator[i] / sum[i] * exp(x[i, c] - maximum[i])
+//                - (c == label[i] ? at_label[i] : offset[i] * weight[c])
+// offset being 0 and weight 1 where they are null.
+template <typename T, typename compute = float>
+struct GradientTerms {
+  const T* weight;
+  const compute *numerator, *offset, *at_label;
+
+  // Those of the rows from i on.
+  GradientTerms from(int64_t i) const { return {weight, numerator + i, offset ? offset + i : offset, at_label + i}; }
+};
+
+// x is a contiguous matrix (rows, classes), label[i] a class or -1 for a row that does not count, whose gradient is 0.
 template <typename T>
 struct SoftmaxKernels {
   // maximum[i] = max_c x[i, c], sum[i] = sum_c exp(x[i, c] - maximum[i]), at_label[i] = x[i, label[i]]
@@ -99,12 +112,12 @@ struct SoftmaxKernels {
                      float* at_label);
   // sum_c weight[c] * (maximum - x[c]), weight being 1 where it is null
   double (*deficit)(const T* x, const T* weight, int64_t classes, float maximum);
-  // grad[i, c] = numerator[i] / sum[i] * exp(x[i, c] - maximum[i])
-  //              - (c == label[i] ? at_label[i] : offset[i] * weight[c]),
-  // offset being 0 and weight 1 where they are null; grad may be x
-  void (*gradient)(const T* x, const T* weight, T* grad, int64_t rows, int64_t classes, const float* maximum,
-                   const float* sum, const double* numerator, const float* offset, const int64_t* label,
-                   const float* at_label);
+  // grad may be x
+  void (*gradient)(const T* x, T* grad, int64_t rows, int64_t classes, const int64_t* label, const float* maximum,
+                   const float* sum, const GradientTerms<T>&);
+  // Both at once; in float each exponential is computed once. grad may be x.
+  void (*statistics_and_gradient)(const T* x, T* grad, int64_t rows, int64_t classes, const int64_t* label,
+                                  const GradientTerms<T>&, float* maximum, float* sum, float* at_label);
 };
 
 // Binary cross-entropy of count logits, see logistic.h; weight and pos_weight are 1 where they are null.

@@ -143,16 +143,6 @@ const scalar_t* weight_of(const Arguments& of) {
   return of.weight ? of.weight->const_data_ptr<scalar_t>() : nullptr;
 }
 
-template <typename scalar_t>
-double total_weight_of(const Arguments& of, int64_t ignore_index) {
-  const int64_t* target = of.target.const_data_ptr<int64_t>();
-  const scalar_t* weight = weight_of<scalar_t>(of);
-  const int64_t classes = of.linear_weight.size(0);
-  return std::accumulate(target, target + of.target.numel(), 0.0, [&](double sum, int64_t label) {
-    return sum + target_weight(label, weight, classes, ignore_index);
-  });
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cpu(
@@ -181,18 +171,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
     compute *maximum = lse.mutable_data_ptr<compute>(), *sum = maximum + rows;
     compute* losses = loss.mutable_data_ptr<compute>();
     Gradients<scalar_t> gradients(of, needs);
-    const RowGradients<compute, compute> one{
-        options.reduction == Reduction::Mean ? 1 / total_weight_of<scalar_t>(of, ignore_index) : 1.0, nullptr, 0,
-        nullptr};
+    double scale = 1;
+    if (needs.any() && options.reduction == Reduction::Mean) {
+      scale /= total_weight_of(labels, weight_of<scalar_t>(of), rows, classes, ignore_index);
+    }
     RowSums sums;
     for_each_chunk<scalar_t>(of, [&](const Tensor& logits, int64_t begin, int64_t end, bool is_last) {
       scalar_t* z = logits.mutable_data_ptr<scalar_t>();
       sums = sums + cross_entropy_rows<scalar_t>(z, labels + begin, weight_of<scalar_t>(of),
                                                  is_none ? losses + begin : nullptr, maximum + begin, sum + begin,
-                                                 end - begin, classes, options);
+                                                 needs.any() ? z : nullptr, scale, end - begin, classes, options);
       if (needs.any()) {
-        cross_entropy_backward_rows<scalar_t>(one, z, labels + begin, weight_of<scalar_t>(of), maximum + begin,
-                                              sum + begin, z, end - begin, classes, options);
         gradients.add(logits, begin, end, is_last);
       }
     });

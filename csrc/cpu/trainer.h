@@ -111,7 +111,7 @@ class Trainer {
                              take_grad_z(0),
                              take_grad_z(last()),
                              arena_.take<float>(5 * padded_batch_),
-                             arena_.take<double>(2 * padded_batch_),
+                             arena_.take<double>(padded_batch_),
                              arena_.take<double>(widest),
                              arena_.take<double>(steps_)});
     }
@@ -422,18 +422,16 @@ class Trainer {
     const int64_t count = rows.size();
     const float* logits = gather_logits(i, t, rows);
     float *maximum = my.softmax, *sum = maximum + count, *at_label = sum + count, *log_sum = at_label + count;
-    double *loss = my.softmax_double, *numerator = loss + count;
+    float* numerator = log_sum + count;
     const int64_t* labels = minibatch_of(i).labels + rows.begin;
-    table_.softmax_float.statistics(logits, labels, count, classes, maximum, sum, at_label);
-    table_.losses(maximum, sum, at_label, labels, count, log_sum, loss);
+    // Of all rows, and what is taken from it at the label.
+    std::fill_n(numerator, count, float((adds_directly() ? -options_.lr[i] : 1.0) / double(batch)));
+    table_.softmax_float.statistics_and_gradient(logits, my.grad_logits, count, classes, labels,
+                                                 {nullptr, numerator, nullptr, numerator}, maximum, sum, at_label);
+    table_.losses(maximum, sum, at_label, labels, count, log_sum, my.softmax_double);
     if (divides_softmax() || t == 0) {
-      my.losses[i] = std::accumulate(loss, loss + count, 0.0);
+      my.losses[i] = std::accumulate(my.softmax_double, my.softmax_double + count, 0.0);
     }
-    const double scale = (adds_directly() ? -options_.lr[i] : 1.0) / double(batch);
-    std::fill_n(numerator, count, scale);
-    std::fill_n(at_label, count, float(scale));
-    table_.softmax_float.gradient(logits, nullptr, my.grad_logits, count, classes, maximum, sum, numerator, nullptr,
-                                  labels, at_label);
     const Operand& grad_z = grad_z_of(last(), t);
     for (int64_t b = 0; b < count; ++b) {
       std::copy_n(my.grad_logits + b * classes, classes, grad_z.values.data + (rows.begin + b) * grad_z.values.stride);

@@ -317,39 +317,71 @@ TORCH_MLP_INLINE vec first_lanes(vec value, int64_t count, vec other) {
 
 // --- exp and log ---
 
-// exp(x) = 2^n (1 + r + r^2 p), with n the integer nearest to x / log 2 and r the rest, |r| <= log(2) / 2.
+// exp(x) = 2^n (1 + r + r^2 p), with n the integer nearest to x / log 2 and r the rest, |r| <= log(2) / 2. Of several
+// vectors one step at a time: the steps of one wait for each other, and if they came first, so would the next vector's.
+template <int count>
 struct ExpParts {
-  vec n, r, p;
+  vec n[count], r[count], p[count];
 };
 
-TORCH_MLP_INLINE ExpParts split_exp(vec x) {
+template <int count>
+TORCH_MLP_INLINE ExpParts<count> split_exp(const vec (&x)[count]) {
+  const auto each = [](const auto& step) {
+    TORCH_MLP_UNROLL
+    for (int j = 0; j < count; ++j) {
+      step(j);
+    }
+  };
+  ExpParts<count> parts;
+  auto& [n, r, p] = parts;
   // Adding 1.5 * 2^23 rounds to an integer. log(2) is subtracted in two parts, of which n times the first is exact
   // (Cody and Waite, Software Manual for the Elementary Functions, 1980, chapter 6).
   constexpr float to_integer = 12582912.0f;
-  const vec n = (x * 1.44269504f + to_integer) - to_integer;
-  const vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  each([&](int j) { n[j] = x[j] * 1.44269504f + to_integer; });
+  each([&](int j) { n[j] -= to_integer; });
+  each([&](int j) { r[j] = x[j] - n[j] * 0.693145752f; });
+  each([&](int j) { r[j] -= n[j] * 1.42860677e-6f; });
   // Of degree 4, such that the largest error, 3e-9 of exp(r), is the least.
-  vec p = r * 1.38212356e-3f + 8.36866629e-3f;
-  p = p * r + 4.16682586e-2f;
-  p = p * r + 1.66665211e-1f;
-  p = p * r + 4.9999994e-1f;
-  return {n, r, p};
+  each([&](int j) { p[j] = r[j] * 1.38212356e-3f + 8.36866629e-3f; });
+  each([&](int j) { p[j] = p[j] * r[j] + 4.16682586e-2f; });
+  each([&](int j) { p[j] = p[j] * r[j] + 1.66665211e-1f; });
+  each([&](int j) { p[j] = p[j] * r[j] + 4.9999994e-1f; });
+  return parts;
 }
 
 TORCH_MLP_INLINE vec power_of_two(vec_int n) { return (vec)((n + 127) << 23); }
 
 TORCH_MLP_INLINE vec_int to_int(vec n) { return (vec_int)(n + 12582912.0f) - (vec_int)broadcast(12582912.0f); }
 
-// exp(x) for x <= 89, and NaN.
-TORCH_MLP_INLINE vec exp_below_overflow(vec x) {
-  const ExpParts parts = split_exp(maximum_of(broadcast(-104.0f), x));  // exp(-104) is 0
-  const vec exp_r = (parts.p * parts.r + 1.0f) * parts.r + 1.0f;
+TORCH_MLP_INLINE vec scale_by_power_of_two(vec value, vec n) {
 #if TORCH_MLP_LANES == 16
-  return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)exp_r, (__m512)parts.n);
+  return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)value, (__m512)n);
 #else
-  const vec_int n = to_int(parts.n), half = n >> 1;  // 2^n itself may lie outside the range of float
-  return exp_r * power_of_two(half) * power_of_two(n - half);
+  const vec_int whole = to_int(n), half = whole >> 1;  // 2^n itself may lie outside the range of float
+  return value * power_of_two(half) * power_of_two(whole - half);
 #endif
+}
+
+// exp(x) of each, in its place, for x <= 89, and NaN.
+template <int count>
+TORCH_MLP_INLINE void exp_below_overflow(vec (&x)[count]) {
+  const auto each = [](const auto& step) {
+    TORCH_MLP_UNROLL
+    for (int j = 0; j < count; ++j) {
+      step(j);
+    }
+  };
+  each([&](int j) { x[j] = maximum_of(broadcast(-104.0f), x[j]); });  // exp(-104) is 0
+  const auto [n, r, p] = split_exp(x);
+  each([&](int j) { x[j] = p[j] * r[j] + 1.0f; });
+  each([&](int j) { x[j] = x[j] * r[j] + 1.0f; });
+  each([&](int j) { x[j] = scale_by_power_of_two(x[j], n[j]); });
+}
+
+TORCH_MLP_INLINE vec exp_below_overflow(vec x) {
+  vec one[1] = {x};
+  exp_below_overflow(one);
+  return one[0];
 }
 
 // log(x) for finite x >= 1, and NaN.
@@ -391,9 +423,10 @@ TORCH_MLP_INLINE vec tanh(vec z) {
   const vec_int sign = (vec_int)z & INT32_MIN;
   vec x = -2.0f * (vec)((vec_int)z ^ sign);
   x = x < -40.0f ? broadcast(-40.0f) : x;  // there tanh is 1
-  const ExpParts parts = split_exp(x);
-  const vec q = parts.p * (parts.r * parts.r) + parts.r;  // exp(r) - 1
-  const vec power = power_of_two(to_int(parts.n)), t = power * q + power;
+  const vec one[1] = {x};
+  const auto [n, r, p] = split_exp(one);
+  const vec q = p[0] * (r[0] * r[0]) + r[0];  // exp(r) - 1
+  const vec power = power_of_two(to_int(n[0])), t = power * q + power;
   const vec_int is_near = x > -1.1f;
   const vec quotient = (is_near ? -(power * q + (power - 1.0f)) : -2.0f * t) / (1.0f + t);
   return (vec)((vec_int)(quotient + (is_near ? vec{} : broadcast(1.0f))) | sign);

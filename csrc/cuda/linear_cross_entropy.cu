@@ -20,6 +20,14 @@
 namespace torch_mlp {
 namespace {
 
+// What a target adds to the divisor of the mean. A wrong one adds nothing here, and is found where its loss is
+// computed.
+template <typename scalar_t>
+__device__ double target_weight(int64_t label, const scalar_t* weight, int64_t classes, int64_t ignore_index) {
+  const bool counts = label != ignore_index && label >= 0 && label < classes;
+  return !counts ? 0.0 : weight ? double(compute_t<scalar_t>(weight[label])) : 1.0;
+}
+
 // A block's sum of the weights of its targets, as a partial sum for sum_losses beside a loss of 0.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)

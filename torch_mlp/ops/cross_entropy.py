@@ -8,17 +8,24 @@ With p = softmax(x), label smoothing e, class weights w (1 where none are given)
 and a row whose target is ignore_index has loss and gradient 0. "mean" divides by the sum of w_y. lse(x) is the
 logarithm of the sum of exp(x_c), and a result of its own where it is asked for: dlse/dx_c = p_c. (Bishop, Pattern
 Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al., 2015, arXiv:1512.00567.)
+
+On the CPU, where exponentials and memory are what takes the time, a reduced loss that is to be differentiated comes
+with its gradient, for an upstream gradient of 1; the backward pass multiplies that by what comes in, if it is not 1.
+Elsewhere, in 16 bits, and where a gradient comes in for lse too, the backward op computes the softmax again.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_mlp.ops.fake import register_fake
-from torch_mlp.ops.transforms import in_transform, is_composed
+from torch_mlp.ops.transforms import in_transform, is_composed, is_last_use
 
 forward_op = torch.ops.torch_mlp.cross_entropy.default
+with_gradient_op = torch.ops.torch_mlp._cross_entropy_with_gradient.default
 backward_op = torch.ops.torch_mlp._cross_entropy_backward.default
 
 
@@ -26,16 +33,27 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@register_fake("torch_mlp::cross_entropy")
-def _(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _new_results(input: Tensor, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     compute = _compute_dtype(input.dtype)
     return (
         input.new_empty(input.shape[:1] if reduction == "none" else ()),
         input.new_empty((2, input.shape[0]), dtype=compute),
         input.new_empty((), dtype=compute),
     )
+
+
+@register_fake("torch_mlp::cross_entropy")
+def _(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_results(input, reduction)
+
+
+@register_fake("torch_mlp::_cross_entropy_with_gradient")
+def _(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_new_results(input, reduction), input.new_empty(input.shape)
 
 
 @register_fake("torch_mlp::_cross_entropy_backward")
@@ -200,13 +218,16 @@ class CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
         returns_lse: bool,
+        keeps_gradient: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Loss of shape (batch,) for reduction "none", else (); where asked for, lse (batch,) and the total weight."""
-        loss, lse, total_weight = forward_op(input, target, weight, reduction, ignore_index, label_smoothing)
-        ctx.save_for_backward(input, target, weight, lse, total_weight)
+        op = with_gradient_op if keeps_gradient else forward_op
+        loss, *saved = op(input, target, weight, reduction, ignore_index, label_smoothing)
+        ctx.save_for_backward(input, target, weight, *saved)
         ctx.options = reduction, ignore_index, label_smoothing
         if not returns_lse:
             return loss
+        lse, total_weight = saved
         ctx.mark_non_differentiable(total_weight)
         ctx.set_materialize_grads(False)
         return loss, log_sum_exp(lse, target, ignore_index), total_weight
@@ -214,10 +235,45 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None = None, _: None = None) -> Any:
         """Gradient of input."""
-        input, *saved = ctx.saved_tensors
+        input, target, weight, lse, total_weight, *gradient = ctx.saved_tensors
+        if gradient and not torch.is_grad_enabled() and _is_factor(grad_output):
+            return _scaled(gradient[0], grad_output), *(None,) * 7
         if grad_output is None:
             grad_output = input.new_zeros(input.shape[:1] if ctx.options[0] == "none" else ())
-        return backward(grad_output, grad_lse, input, *saved, *ctx.options), *(None,) * 6
+        saved = target, weight, lse, total_weight
+        return backward(grad_output, grad_lse, input, *saved, *ctx.options), *(None,) * 7
+
+
+def _keeps_gradient(input: Tensor, reduction: str) -> bool:
+    """Whether the forward pass computes the gradient too.
+
+    In 16 bits it would be rounded twice, and small ones vanish without the factor of a GradScaler. A compiler does not
+    know whether a graph is freed.
+    """
+    return (
+        input.requires_grad
+        and torch.is_grad_enabled()
+        and reduction != "none"
+        and input.is_cpu
+        and input.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _is_factor(grad_output: Any) -> bool:
+    """Whether a gradient can be multiplied by it. By inf and NaN it cannot: that of rows that are ignored stays 0."""
+    return (
+        type(grad_output) is Tensor
+        and not in_transform()
+        and not is_legacy_batchedtensor(grad_output)
+        and math.isfinite(grad_output.item())
+    )
+
+
+def _scaled(gradient: Tensor, factor: Any) -> Tensor:
+    if not is_last_use(factor):
+        return gradient * factor
+    return gradient if factor.item() == 1 else gradient.mul_(factor)
 
 
 def log_sum_exp(lse: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -232,7 +288,8 @@ def cross_entropy(
     """The one entry: the reference inside functional transforms and of DTensors, else the fused op."""
     if is_composed(input):
         return reference(input, target, weight, reduction, ignore_index, label_smoothing)
-    return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, False)
+    keeps_gradient = _keeps_gradient(input, reduction)
+    return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, False, keeps_gradient)
 
 
 def cross_entropy_with_lse(
@@ -242,4 +299,4 @@ def cross_entropy_with_lse(
     if is_composed(input):
         loss = reference(input, target, weight, reduction, ignore_index, label_smoothing)
         return loss, *reference_lse(input, target, weight, ignore_index)
-    return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, True)
+    return CrossEntropy.apply(input, target, weight, reduction, ignore_index, label_smoothing, True, False)

@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
-from torch._C._functorch import is_legacy_batchedtensor
 
 from torch_mlp.ops.cross_entropy import backward as cross_entropy_backward
 from torch_mlp.ops.cross_entropy import cross_entropy, cross_entropy_with_lse, log_sum_exp
 from torch_mlp.ops.fake import register_fake
 from torch_mlp.ops.linear_act import only_needed
-from torch_mlp.ops.transforms import in_transform, is_composed
+from torch_mlp.ops.transforms import in_transform, is_composed, is_last_use
 
 forward_op = torch.ops.torch_mlp.linear_cross_entropy.default
 backward_op = torch.ops.torch_mlp._linear_cross_entropy_backward.default
@@ -91,20 +89,6 @@ def _differentiable_backward(
     return grad @ linear_weight, grad.mT @ input, grad.sum(0)
 
 
-def _is_last_use(grad_output: Tensor) -> bool:
-    """Whether the graph is freed behind the backward pass that runs, so that what it saved can become its result.
-
-    The gradient of a large weight is as much memory as all the rest of the pass. A pass that a CUDA graph records is
-    run again as often as the graph is, without a forward pass before it if need be.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or is_legacy_batchedtensor(grad_output)
-        or graph_is_kept()
-        or (grad_output.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
-
-
 class LinearCrossEntropy(torch.autograd.Function):
     """The fused forward pass, with the gradients of a reduced loss."""
 
@@ -149,7 +133,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled() or in_transform():
             grads = _differentiable_backward(grad_output, grad_lse, *saved, *ctx.options)
         elif ctx.has_grads:
-            scale = torch.Tensor.mul_ if _is_last_use(grad_output) else torch.Tensor.mul
+            scale = torch.Tensor.mul_ if is_last_use(grad_output) else torch.Tensor.mul
             grads = scale(of_input, grad_output), scale(of_weight, grad_output), scale(of_bias, grad_output)
         else:
             grads = backward_op(grad_output, grad_lse, *saved, *ctx.options, *needs_grad)

@@ -1,9 +1,12 @@
-"""Where an op is to be composed of ATen calls: in functional transforms of torch and for distributed tensors."""
+"""In what surroundings an op is called: a functional transform, a distributed tensor, a graph that is freed."""
 
 import sys
 
+import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch._C._autograd import _get_current_graph_task_keep_graph as graph_is_kept
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 
@@ -25,3 +28,17 @@ def _is_dtensor(input: Tensor) -> bool:
     # Importing the module takes most of a second, and where nobody has done so there is no DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(input, module.DTensor)
+
+
+def is_last_use(grad_output: Tensor) -> bool:
+    """Whether the graph is freed behind the backward pass that runs, so that what it saved can become its result.
+
+    A gradient that the forward pass has computed is often as much memory as all the rest of the pass. A pass that a
+    CUDA graph records is run again as often as the graph is, without a forward pass before it if need be.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or is_legacy_batchedtensor(grad_output)
+        or graph_is_kept()
+        or (grad_output.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
