@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from test_cross_entropy import eager, make
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_mlp.functional import cross_entropy
@@ -104,6 +106,26 @@ def test_batched_upstream_gradients(device):
         torch.testing.assert_close(grad, truth(input, target, weight, factor).float())
 
 
+def test_vmap_over_upstream_gradients(device):
+    input, target, weight = make(device, torch.float32, 37, 10)
+    factors = torch.randn(4, device=device)
+    loss = cross_entropy(input, target, weight)
+    mapped = torch.vmap(lambda factor: torch.autograd.grad(loss, input, factor, retain_graph=True)[0])(factors)
+    for grad, factor in zip(mapped, factors, strict=True):
+        torch.testing.assert_close(grad, truth(input, target, weight, factor).float())
+
+
+@pytest.mark.parametrize("classes", [10, 16, 17])
+def test_one_logit_far_above_the_others(device, classes):
+    """Wherever it is, it is the maximum that keeps exp from overflow."""
+    input = (300 * torch.eye(classes, device=device)).requires_grad_()
+    target = torch.arange(classes, device=device).roll(1)
+    loss = cross_entropy(input, target)
+    assert loss == 300
+    (grad,) = torch.autograd.grad(loss, input)
+    torch.testing.assert_close(grad, truth(input, target, None, torch.ones((), device=device)).float())
+
+
 def test_saved_tensors_that_are_packed(device):
     input, target, weight = make(device, torch.float32, 37, 10)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
@@ -137,6 +159,20 @@ def test_gradient_is_computed_in_the_backward_pass_else(dtype, options):
         result = cross_entropy(input, target, weight, **options)
         (result[0] if isinstance(result, tuple) else result).sum().backward()
     assert calls.ops == [OPS.cross_entropy.default, OPS._cross_entropy_backward.default]
+
+
+def test_compiled_code_does_not_keep_what_it_would_compute_again():
+    ops = []
+
+    def collect(graph, inputs):
+        ops.extend(node.target for node in graph.graph.nodes if "torch_mlp" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    input, target, weight = make("cpu", torch.float32)
+    compiled = torch.compile(cross_entropy, backend=aot_autograd(fw_compiler=collect))
+    compiled(input, target, weight).backward()
+    assert ops == [OPS.cross_entropy.default, OPS._cross_entropy_backward.default]
+    torch.testing.assert_close(input.grad, truth(input, target, weight, torch.ones(())).float())
 
 
 def test_no_gradient_is_computed_that_nobody_wants():

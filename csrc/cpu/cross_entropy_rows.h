@@ -299,8 +299,8 @@ RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const s
     std::array<compute, kRowsAtOnce> at_label, log_sum;
     std::array<double, kRowsAtOnce> row_loss;
     const LabelCounts counts = kernels().labels(target + begin, count, classes, options.ignore_index, label.data());
-    // The deficit is computed of logits, whose place their gradient may take.
-    const bool is_one_visit = grad_input && smoothing == 0;
+    // The deficit is computed of logits, whose place their gradient may have taken.
+    const bool is_one_visit = grad_input && (smoothing == 0 || grad_input != input);
     if (is_one_visit) {
       statistics_and_gradient(x, grad, count, classes, label.data(), terms.of(begin, count, label.data()),
                               maximum + begin, sum + begin, at_label.data());
