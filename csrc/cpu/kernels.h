@@ -228,7 +228,7 @@ const ProductKernels<T>& product_kernels() {
   }
 }
 
-// Whose matrix products are the faster ones on this processor, as far as it was measured: see linear_act.cpp.
+// Whose matrix products are the faster ones on this processor, as far as it was measured: see products.cpp.
 enum class Products {
   Kernels,         // AVX2 and AVX-512, but for Intel; and wherever a level is forced, to test and measure it
   KernelsIfSmall,  // Intel's: MKL is tuned for them
