@@ -104,15 +104,23 @@ TORCH_MLP_INLINE void store(bfloat16_bits* to, vec value) {
 }
 
 TORCH_MLP_INLINE vec load_part(const bfloat16_bits* from, int64_t count) {
+#if TORCH_MLP_LANES == 16
+  return widen((vec_short)_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from));
+#else
   bfloat16_bits values[kLanes] = {};
   memcpy(values, from, count * sizeof(bfloat16_bits));
   return load(values);
+#endif
 }
 
 TORCH_MLP_INLINE void store_part(bfloat16_bits* to, vec value, int64_t count) {
+#if TORCH_MLP_LANES == 16
+  _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), (__m256i)narrow(value));
+#else
   bfloat16_bits values[kLanes];
   store(values, value);
   memcpy(to, values, count * sizeof(bfloat16_bits));
+#endif
 }
 
 // Pairs are moved about in the bits of a vec.
