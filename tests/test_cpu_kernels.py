@@ -102,6 +102,44 @@ def test_edges_of_tiles(batch, ins, outs, activation, has_bias, seed):
         assert_rounded(our, true, depth)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes, sizes, sizes, st.sampled_from(["identity", "relu"]), st.booleans(), st.sampled_from([3, 4]), st.booleans()
+)
+@example(64, 1100, 70, "relu", True, 4, False)  # three depths forward
+@example(100, 130, 1100, "identity", False, 4, False)  # three depths of grad_input
+@example(510, 70, 300, "relu", True, 3, True)  # two blocks of rows of grad_weight, for grad_input the library
+@example(1100, 40, 16, "relu", True, 4, False)  # few outputs, three depths of grad_weight
+@example(3, 64, 300, "relu", True, 4, False)  # forward the library
+@example(16, 8200, 17, "identity", True, 4, False)  # too deep for a panel
+def test_exact_sums_of_bfloat16(batch, ins, outs, activation, has_bias, offset, transposes):
+    """Of integers, whose sums are exact in float: nothing is rounded but the results, and a bias added after that."""
+    generator = torch.Generator().manual_seed(batch * ins + outs)
+
+    def integers(rows, cols):
+        part = surrounded(rows, cols, generator, offset).mul_(1.5).round_()
+        whole = torch.full((cols + 4, rows + 2), NAN) if transposes else torch.full((rows + 2, cols + 2 * offset), NAN)
+        whole = whole.bfloat16()
+        inner = whole[2:-2, 1:-1].t() if transposes else whole[1:-1, offset:-offset]
+        return inner.copy_(part)
+
+    inputs = [integers(batch, ins), integers(outs, ins), *([integers(1, outs)[0]] if has_bias else [])]
+    grad_output = integers(batch, outs)
+
+    def values(dtype, function):
+        leaves = [value.to(dtype).detach().requires_grad_() for value in inputs]
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
+
+    def eager(input, weight, bias=None):
+        return EAGER[activation](torch.nn.functional.linear(input, weight, bias))
+
+    ours = values(torch.bfloat16, lambda *tensors: linear_act(*tensors, activation=activation))
+    for our, true in zip(ours, values(torch.float64, eager), strict=True):
+        assert our.dtype == torch.bfloat16
+        assert ((our.double() - true).abs() <= torch.finfo(torch.bfloat16).eps * true.abs()).all()
+
+
 def units(found, truth):
     """The error in units in the last place of float32; those of denormal numbers count as the least normal one's."""
     unit = torch.exp2(torch.frexp(truth.abs().clamp(min=LEAST_NORMAL)).exponent.double() - 24)

@@ -61,6 +61,32 @@ def test_accuracy(device, dtype, activation, batch, outs):
         assert_no_less_accurate(our, their, true)
 
 
+@pytest.mark.parametrize(("batch", "ins", "outs"), [(64, 96, 130), (1, 34, 200), (200, 600, 1), (100, 300, 600)])
+@differentiable
+def test_accuracy_of_bfloat16(device, activation, batch, ins, outs):
+    """Of an even number of features, as the kernels want them, and of sums longer than theirs of one part."""
+    tensors = make(device, torch.bfloat16, (batch,), ins, outs)
+    with torch.no_grad():
+        tensors[1] *= ins**-0.5
+    grad_output = torch.randn(batch, outs, dtype=torch.float64).to(device, torch.bfloat16)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+    def values(function, tensors):
+        output = function(*tensors, activation)
+        return output.detach(), *torch.autograd.grad(output, tensors, grad_output.to(output.dtype))
+
+    ours, theirs, truths = values(linear_act, tensors), values(eager, tensors), values(eager, exact)
+    for our, their, truth in zip(ours, theirs, truths, strict=True):
+        assert_no_less_accurate(our, their, truth)
+    assert_same_bits(ours, values(linear_act, tensors))
+    # Each gradient is the same whichever others are wanted.
+    backward = torch.ops.torch_mlp._linear_act_backward
+    for needs in product([False, True], repeat=3):
+        grads = backward(grad_output, *tensors[:2], ours[0], activation, *needs)
+        for grad, needed, our in zip(grads, needs, ours[1:], strict=True):
+            assert torch.equal(grad, our) if needed else grad.numel() == 0
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @shapes
 @dtypes

@@ -282,22 +282,22 @@ void pack_transposed(Rows<const T> x, int64_t rows, int64_t depth, T* panel) {
 }
 
 // The part of y that a block holds, from there on with bias and activation.
-template <ActivationKind kind>
-void finish_rows(Matrix block, const float* bias, int64_t rows, int64_t outputs, Matrix y) {
+template <ActivationKind kind, typename Out>
+void finish_rows(Matrix block, const float* bias, int64_t rows, int64_t outputs, Rows<Out> y) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t n = 0; n < outputs; n += kLanes) {
       const int64_t left = min(outputs - n, kLanes);
       const vec z = load(block.data + i * block.stride + n);
       const vec value = activation<kind>(bias ? z + load_part(bias + n, left) : z);
-      float* to = y.data + i * y.stride + n;
+      Out* to = y.data + i * y.stride + n;
       left == kLanes ? store(to, value) : store_part(to, value, left);
     }
   }
 }
 
 // The same of a block of y^T.
-template <ActivationKind kind>
-void finish_transposed(Matrix block, const float* bias, int64_t outputs, int64_t rows, Matrix y) {
+template <ActivationKind kind, typename Out>
+void finish_transposed(Matrix block, const float* bias, int64_t outputs, int64_t rows, Rows<Out> y) {
   for (int64_t n = 0; n < outputs; n += kLanes) {
     const int64_t left = min(outputs - n, kLanes);
     for (int64_t i = 0; i < rows; i += kLanes) {
@@ -311,7 +311,7 @@ void finish_transposed(Matrix block, const float* bias, int64_t outputs, int64_t
       TORCH_MLP_UNROLL
       for (int l = 0; l < kLanes; ++l) {
         if (i + l < rows) {
-          float* to = y.data + (i + l) * y.stride + n;
+          Out* to = y.data + (i + l) * y.stride + n;
           left == kLanes ? store(to, square[l]) : store_part(to, square[l], left);
         }
       }
@@ -327,8 +327,8 @@ bool puts_x_in_panels(const LinearShape& shape) {
 
 int64_t panel_elements(const LinearShape& shape) { return shape.in_features * kTileCols; }
 
-template <typename T>
-void linear_by_panels(const LinearForward<T>& self, int64_t begin, int64_t end, T* scratch) {
+template <typename T, typename Out>
+void linear_by_panels(const LinearForward<T, Out>& self, int64_t begin, int64_t end, T* scratch) {
   const LinearShape& shape = self.shape;
   const bool is_transposed = puts_x_in_panels(shape);
   const Rows<const T>& first = is_transposed ? self.input : self.weight;
@@ -345,7 +345,7 @@ void linear_by_panels(const LinearForward<T>& self, int64_t begin, int64_t end, 
     for (int64_t n = begin % tasks * kLanes; n < last; n += kFinishRows) {
       const int64_t count = min(last - n, kFinishRows), y_row = is_transposed ? row : n,
                     y_col = is_transposed ? n : row;
-      const Matrix y{self.output.data + y_row * self.output.stride + y_col, self.output.stride};
+      const Rows<Out> y{self.output.data + y_row * self.output.stride + y_col, self.output.stride};
       const Matrix block{reinterpret_cast<float*>(scratch + panel_elements(shape)), width};
       for (int64_t p = 0; p < depth; p += most_depth) {
         tiles<T>(count, min(depth - p, most_depth), {other.data + n * other.stride + p, other.stride, 1},
@@ -383,8 +383,8 @@ int64_t linear_scratch(const LinearShape& shape) {
   return by_dots<T>(shape) ? 0 : panel_elements(shape) + kFinishRows * kTileCols;
 }
 
-template <typename T>
-void linear(const LinearForward<T>& self, int64_t begin, int64_t end, T* scratch) {
+template <typename T, typename Out>
+void linear(const LinearForward<T, Out>& self, int64_t begin, int64_t end, T* scratch) {
   if constexpr (std::is_same_v<T, float>) {
     if (by_dots<T>(self.shape)) {
       return linear_by_dots(self, begin, end);

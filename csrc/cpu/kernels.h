@@ -1,10 +1,10 @@
 // The vector kernels of the CPU: what the ops call through raw pointers, once for each instruction set.
 //
 // level_default.cpp, level_avx2.cpp, level_avx512.cpp and level_avx512_bf16.cpp compile the same sources (vector.h,
-// elementwise.h, dots.h, gemm.h, softmax.h, logistic.h, peak.h, ...) for one instruction set each, in a namespace of its
-// own; kernels() gives the table of the best one that the processor has. Those files include no header of torch and no
-// function of the standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be
-// one that only some processors can run.
+// elementwise.h, gemm.h, softmax.h and so on) for one instruction set each, in a namespace of its own; kernels() gives
+// the table of the best one that the processor has. Those files include no header of torch and no function of the
+// standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be one that only some
+// processors can run.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +44,12 @@ struct LinearShape {
 };
 
 // T is float, or bfloat16_pair with in_features counted in pairs.
-template <typename T>
+template <typename T, typename Out = float>
 struct LinearForward {
   LinearShape shape;
   Rows<const T> input, weight;  // (batch, in_features), (out_features, in_features)
   const float* bias;            // (out_features,) or null
-  Matrix output;                // (batch, out_features)
+  Rows<Out> output;             // (batch, out_features)
   ActivationKind activation;
 };
 
@@ -74,6 +74,25 @@ struct ProductKernels {
   int64_t (*product_tasks)(const Product<T>&);
   int64_t (*product_scratch)(const Product<T>&);
   void (*product)(const Product<T>&, int64_t begin, int64_t end, T* scratch);
+};
+
+// A Product of bfloat16 as they lie in memory, one by one, into bfloat16.
+struct Bfloat16Product {
+  int64_t rows, cols, depth;
+  Rows<const bfloat16_bits> a;
+  bool a_transposed;
+  Rows<const bfloat16_bits> b;
+  Rows<bfloat16_bits> c;
+};
+
+// Products into bfloat16, summed in float and rounded once, where the processor multiplies pairs; else all are null.
+// The tasks and the scratch memory of linear are those of the pairs.
+struct Bfloat16Kernels {
+  void (*linear)(const LinearForward<bfloat16_pair, bfloat16_bits>&, int64_t begin, int64_t end,
+                 bfloat16_pair* scratch);
+  int64_t (*product_tasks)(const Bfloat16Product&);
+  int64_t (*product_scratch)(const Bfloat16Product&);
+  void (*product)(const Bfloat16Product&, int64_t begin, int64_t end, bfloat16_pair* scratch);
 };
 
 template <typename T>
@@ -185,6 +204,7 @@ struct Kernels {
 
   ProductKernels<float> products_float;
   ProductKernels<bfloat16_pair> products_bfloat16;
+  Bfloat16Kernels into_bfloat16;
 
   ElementwiseKernels<float> elementwise_float;
   ElementwiseKernels<bfloat16_bits> elementwise_bfloat16;
@@ -241,7 +261,7 @@ const ProductKernels<T>& product_kernels() {
   }
 }
 
-// Whose matrix products are the faster ones on this processor, as far as it was measured: see linear_act.cpp.
+// Whose matrix products are the faster ones on this processor, as far as it was measured: see products.cpp.
 enum class Products {
   Kernels,         // AVX2 and AVX-512, but for Intel; and wherever a level is forced, to test and measure it
   KernelsIfSmall,  // Intel's: MKL is tuned for them

@@ -23,6 +23,9 @@ TORCH_MLP_PUSH_TARGET(TORCH_MLP_TARGET)
 
 #include "elementwise.h"
 #include "gemm.h"
+#if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
+#include "gemm_bfloat16.h"
+#endif
 #include "logistic.h"
 #include "peak.h"
 #include "pixels.h"
@@ -33,10 +36,15 @@ namespace torch_mlp::TORCH_MLP_LEVEL {
 const Kernels kernels{
     TORCH_MLP_LEVEL_NAME,
     kLanes,
-    {linear_tasks<float>, linear_scratch<float>, linear<float>, product_tasks<float>, product_scratch<float>,
+    {linear_tasks<float>, linear_scratch<float>, linear<float, float>, product_tasks<float>, product_scratch<float>,
      product<float>},
-    {linear_tasks<bfloat16_pair>, linear_scratch<bfloat16_pair>, linear<bfloat16_pair>, product_tasks<bfloat16_pair>,
-     product_scratch<bfloat16_pair>, product<bfloat16_pair>},
+    {linear_tasks<bfloat16_pair>, linear_scratch<bfloat16_pair>, linear<bfloat16_pair, float>,
+     product_tasks<bfloat16_pair>, product_scratch<bfloat16_pair>, product<bfloat16_pair>},
+#if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
+    {linear<bfloat16_pair, bfloat16_bits>, bfloat16_product_tasks, bfloat16_product_scratch, bfloat16_product},
+#else
+    {},
+#endif
     {activate<float>, activation_backward<float>},
     {activate<bfloat16_bits>, activation_backward<bfloat16_bits>},
     {statistics<float>, deficit<float>, gradient<float>, statistics_and_gradient<float>},

@@ -8,11 +8,11 @@
 // forward pass computes the gradients with it, for a grad_output of 1, so that z need not be computed again; else, and
 // where lse has a gradient, the backward pass computes z anew. Memory beyond results: kChunkRows of z or kCacheBytes,
 // whichever is more; and for 16-bit dtypes gW in float, in which the chunks' are summed. The loss of those is in float
-// too. Threads: those of the products and of the softmax, see linear_act.cpp and cross_entropy_rows.h.
+// too. Threads: those of the products and of the softmax, see products.cpp and cross_entropy_rows.h.
 #include "../linear_cross_entropy.h"
 
-#include "../linear_act.h"
 #include "cross_entropy_rows.h"
+#include "products.h"
 
 namespace torch_mlp {
 namespace {
@@ -132,7 +132,7 @@ void for_each_chunk(const Arguments& of, const Body& body) {
     const int64_t end = std::min(begin + chunk, rows);
     const Tensor logits = rows_of(memory, 0, end - begin);
     if (classes > 0) {
-      linear_out_cpu(logits, rows_of(of.input, begin, end), of.linear_weight, of.linear_bias);
+      linear_act_out_cpu<Identity>(logits, rows_of(of.input, begin, end), of.linear_weight, of.linear_bias);
     }
     body(logits, begin, end, end == rows);
   }

@@ -22,6 +22,7 @@ constexpr int64_t kMaxScratchBytes = 4 << 20;
 
 // The purposes.
 struct Panel;         // operands as the vector kernels want them
+struct BiasInFloat;   // the same of a bias in bfloat16
 struct GradZ;         // between the two halves of a backward pass
 struct GradBiasSums;  // partial sums
 

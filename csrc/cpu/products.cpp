@@ -1,0 +1,277 @@
+// The three products of a linear layer on the CPU: by the vector kernels (gemm.h) or by torch's library.
+//
+// Fused: bias and activation follow the product on a block that is still in cache.
+// Whose product: for float32 mostly the vector kernels', else the library's; kernels_win says where.
+// Threads: by parts of the result, so that every element is summed in the same order whichever thread does it. So the
+// bits do not depend on the number of threads, but for what the library computes.
+#include "products.h"
+
+#include <algorithm>
+
+#include "dtypes.h"
+#include "scratch.h"
+
+namespace torch_mlp {
+namespace {
+
+using torch::headeronly::BFloat16;
+
+// Below this many elements, or multiplications, a second thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 1 << 18;
+constexpr int64_t kMultiplicationsPerThread = 1 << 23;
+
+// A block of the output that stays in the second-level cache between the library's product and the activation.
+constexpr int64_t kCacheBlockBytes = 1 << 20;
+constexpr int64_t kMinBlockRows = 256;  // fewer rows make the library pack the weight too often
+
+template <typename Activation, typename scalar_t>
+void activate(scalar_t* y, int64_t count) {
+  kernels();  // the first call may throw, which must not happen inside a parallel region
+  torch::stable::parallel_for(0, count, kElementsPerThread, [&](int64_t begin, int64_t end) {
+    if constexpr (has_vector_kernels<scalar_t>) {
+      elementwise_kernels<scalar_t>().activate(kind_of<Activation>, bits_of(y + begin), end - begin);
+    } else {
+      for (int64_t i = begin; i < end; ++i) {
+        y[i] = Activation::forward(compute_t<scalar_t>(y[i]));
+      }
+    }
+  });
+}
+
+struct KernelsWin {
+  bool forward, grad_input, grad_weight;
+};
+
+// Which of the three products the vector kernels compute faster than the library: kernels over library, one thread,
+// AVX-512, each product alone and both in turns.
+//                                             forward      grad_input    grad_weight
+//   AMD Zen 4                batch 1          1.1 to 1.7   0.9 to 1.5    1.4 to 1.8
+//                            batch 8          1.6 to 2.3   1.6 to 2.2    1.2 to 1.8
+//                            batch 32 to 512  1.1 to 1.4   1.1 to 1.4    1.1 to 1.2
+//                            batch 4096       1.1 to 1.4   1.1 to 1.2    1.0 to 1.1
+//                            10 outputs       1.5 to 2.4   0.9 to 1.1    1.1 to 2.0
+//   Intel Sapphire Rapids    batch 8 to 128   1.1 to 1.5   0.8 to 1.0    0.8 to 0.95
+//                            batch 512        0.9 to 1.0   0.9 to 1.0    0.8 to 1.0
+//                            10 outputs       1.5 to 2.2   0.8 to 0.95   1.2 to 1.4
+// MKL runs at 85 to 90 % of the peak on Intel's processors, and at 65 to 85 % elsewhere.
+KernelsWin kernels_win(const LinearShape& shape) {
+  constexpr int64_t most_depth = 4096;  // bounds the panel, 64 rows of that many
+  const Products faster = faster_products();
+  if (faster == Products::Library) {
+    return {false, false, false};
+  }
+  if (faster == Products::Kernels) {
+    return {shape.in_features <= most_depth, shape.out_features <= most_depth, true};
+  }
+  const bool has_few_outputs = shape.out_features <= 16;
+  return {has_few_outputs || shape.batch <= 128, false, has_few_outputs && shape.batch <= 1024};
+}
+
+// The same in bfloat16, identity for activation; elsewhere the library has all three. Its products run at 85 to 90 % of
+// the peak once they are large, and write a large gradient of the weight faster.
+//                                             forward      grad_input    grad_weight
+//   AMD Zen 5                batch 1, 8       0.5 to 1.5   1.2 to 2.2    0.9 to 1.5
+//                            batch 32         1.2 to 1.8   1.1 to 1.3    0.9 to 1.2
+//                            batch 64         1.1 to 1.5   1.0 to 1.2    0.9 to 1.2
+//                            batch 128        1.1 to 1.2   1.0 to 1.05   0.95 to 1.05
+//                            batch 256, 512   0.95 to 1.2  0.8 to 1.0    0.9 to 1.05
+//                            batch 1024       1.0 to 1.1   0.8 to 1.0    0.9 to 1.0
+//                            batch 4096       0.9 to 1.05  0.7 to 0.9    0.9
+//                            10 outputs       0.8 to 4.9   0.7 to 2.5    1.2 to 2.5
+// Of a few rows the forward pass wins with up to 256 outputs; grad_weight, from 512 rows down, where it has up to
+// 512 x 512 elements. 10 outputs of 4096 rows lose forward, and of 1024 in grad_input.
+KernelsWin bfloat16_kernels_win(const LinearShape& shape) {
+  constexpr int64_t most_depth = 8192;  // bounds the panel, 64 rows of that many
+  if (!kernels().into_bfloat16.linear || faster_products() != Products::Kernels) {
+    return {false, false, false};
+  }
+  const bool has_few_outputs = shape.out_features <= 16;
+  return {shape.in_features % 2 == 0 && shape.in_features <= most_depth && shape.batch <= 1024 &&
+              (shape.batch >= 16 || shape.out_features <= 256),
+          shape.batch <= (has_few_outputs ? 512 : 128),
+          has_few_outputs || (shape.batch <= 512 && shape.in_features * shape.out_features <= 1 << 18)};
+}
+
+LinearShape linear_shape(const Tensor& x, const Tensor& weight) { return {x.size(0), weight.size(1), weight.size(0)}; }
+
+// The matrix itself where the elements of a row are adjacent, else a copy.
+Tensor with_adjacent_columns(const Tensor& matrix) {
+  return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : as_contiguous(matrix);
+}
+
+ConstMatrix const_matrix(const Tensor& matrix) { return {matrix.const_data_ptr<float>(), matrix.stride(0)}; }
+
+Matrix matrix(const Tensor& self, int64_t cols) { return {self.mutable_data_ptr<float>(), cols}; }
+
+// The same in bfloat16.
+Rows<const bfloat16_bits> const_bits(const Tensor& matrix) {
+  return {bits_of(matrix.const_data_ptr<BFloat16>()), matrix.stride(0)};
+}
+
+Rows<bfloat16_bits> bits(const Tensor& self, int64_t cols) {
+  return {bits_of(self.mutable_data_ptr<BFloat16>()), cols};
+}
+
+// A matrix of an even number of columns, whose rows can be read in pairs: itself, or else a copy.
+Tensor with_pairs(const Tensor& matrix) {
+  const auto address = reinterpret_cast<uintptr_t>(matrix.const_data_ptr());
+  if (matrix.stride(1) == 1 && (matrix.stride(0) % 2 == 0 || matrix.size(0) == 1) &&
+      address % alignof(bfloat16_pair) == 0) {
+    return matrix;
+  }
+  Tensor copy = empty(sizes_of(matrix), matrix.scalar_type(), matrix);
+  torch::stable::copy_(copy, matrix);
+  return copy;
+}
+
+Rows<const bfloat16_pair> pairs_of(const Tensor& matrix) {
+  return {reinterpret_cast<const bfloat16_pair*>(matrix.const_data_ptr<BFloat16>()), matrix.stride(0) / 2};
+}
+
+// How many of these tasks a thread should at least have.
+int64_t grain_of(int64_t tasks, int64_t multiplications) {
+  return std::max<int64_t>(1, kMultiplicationsPerThread * tasks / std::max<int64_t>(1, multiplications));
+}
+
+void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        ActivationKind activation, const Tensor& output) {
+  const LinearShape shape = linear_shape(input, weight);
+  const Tensor x = with_adjacent_columns(input), w = with_adjacent_columns(weight);
+  const std::optional<Tensor> b = bias ? std::optional(as_contiguous(*bias)) : std::nullopt;
+  const LinearForward<float> forward{shape,
+                                     const_matrix(x),
+                                     const_matrix(w),
+                                     b ? b->const_data_ptr<float>() : nullptr,
+                                     matrix(output, shape.out_features),
+                                     activation};
+  const ProductKernels<float>& table = kernels().products_float;
+  const int64_t tasks = table.linear_tasks(shape);
+  const int64_t grain = grain_of(tasks, shape.batch * shape.in_features * shape.out_features);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    table.linear(forward, begin, end, scratch<Panel, float>(table.linear_scratch(shape)));
+  });
+}
+
+void product_by_kernels(const Product<float>& product) {
+  const ProductKernels<float>& table = kernels().products_float;
+  const int64_t tasks = table.product_tasks(product);
+  const int64_t grain = grain_of(tasks, product.rows * product.cols * product.depth);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    table.product(product, begin, end, scratch<Panel, float>(table.product_scratch(product)));
+  });
+}
+
+// The same in bfloat16. x and weight are read in pairs of columns, of which there is an even number.
+void bfloat16_forward_by_kernels(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                 ActivationKind activation, const Tensor& output) {
+  const LinearShape shape = linear_shape(input, weight),
+                    in_pairs{shape.batch, shape.in_features / 2, shape.out_features};
+  const Tensor x = with_pairs(input), w = with_pairs(weight);
+  float* of_bias = nullptr;
+  if (bias) {
+    const Tensor b = as_contiguous(*bias);
+    of_bias = scratch<BiasInFloat, float>(shape.out_features);
+    std::copy_n(b.const_data_ptr<BFloat16>(), shape.out_features, of_bias);
+  }
+  const LinearForward<bfloat16_pair, bfloat16_bits> forward{
+      in_pairs, pairs_of(x), pairs_of(w), of_bias, bits(output, shape.out_features), activation};
+  const ProductKernels<bfloat16_pair>& table = kernels().products_bfloat16;
+  const auto linear = kernels().into_bfloat16.linear;
+  const int64_t tasks = table.linear_tasks(in_pairs);
+  const int64_t grain = grain_of(tasks, shape.batch * shape.in_features * shape.out_features);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    linear(forward, begin, end, scratch<Panel, bfloat16_pair>(table.linear_scratch(in_pairs)));
+  });
+}
+
+void product_by_kernels(const Bfloat16Product& product) {
+  const Bfloat16Kernels& table = kernels().into_bfloat16;
+  const int64_t tasks = table.product_tasks(product);
+  const int64_t grain = grain_of(tasks, product.rows * product.cols * product.depth);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    table.product(product, begin, end, scratch<Panel, bfloat16_pair>(table.product_scratch(product)));
+  });
+}
+
+template <typename Activation, typename scalar_t>
+void forward_by_library(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
+  const Tensor weight_t = transpose(weight);
+  const int64_t rows = y.size(0), cols = y.size(1);
+  const int64_t block_rows = std::max<int64_t>(kMinBlockRows, kCacheBlockBytes / (cols * int64_t(sizeof(scalar_t))));
+  for (int64_t begin = 0; begin < rows; begin += block_rows) {
+    const int64_t end = std::min(begin + block_rows, rows);
+    matmul_out(rows_of(y, begin, end), rows_of(x, begin, end), weight_t, bias);
+    if constexpr (!std::is_same_v<Activation, Identity>) {
+      activate<Activation>(y.mutable_data_ptr<scalar_t>() + begin * cols, (end - begin) * cols);
+    }
+  }
+}
+
+// Who computes the products of a layer with that output.
+KernelsWin kernels_win(const Tensor& of_output, const LinearShape& shape) {
+  if (of_output.numel() > 0 && shape.in_features > 0) {
+    if (of_output.scalar_type() == ScalarType::Float) {
+      return kernels_win(shape);
+    }
+    if (of_output.scalar_type() == ScalarType::BFloat16) {
+      return bfloat16_kernels_win(shape);
+    }
+  }
+  return {false, false, false};
+}
+
+}  // namespace
+
+template <typename Activation>
+void linear_act_out_cpu(const Tensor& output, const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias) {
+  const LinearShape shape = linear_shape(input, weight);
+  if (kernels_win(output, shape).forward) {
+    const bool in_float = output.scalar_type() == ScalarType::Float;
+    (in_float ? forward_by_kernels : bfloat16_forward_by_kernels)(input, weight, bias, kind_of<Activation>, output);
+  } else {
+    dispatch_floating(output.scalar_type(),
+                      [&](auto zero) { forward_by_library<Activation, decltype(zero)>(input, weight, bias, output); });
+  }
+}
+
+template void linear_act_out_cpu<Identity>(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
+template void linear_act_out_cpu<Sigmoid>(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
+template void linear_act_out_cpu<Tanh>(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
+template void linear_act_out_cpu<ReLU>(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
+template void linear_act_out_cpu<Step>(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
+
+void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, const Tensor& weight, bool accumulates) {
+  const LinearShape shape = linear_shape(grad_input, weight);
+  const bool by_kernels = kernels_win(grad_z, shape).grad_input, in_float = grad_z.scalar_type() == ScalarType::Float;
+  if (by_kernels && in_float) {
+    const Tensor w = with_adjacent_columns(weight);
+    product_by_kernels(Product<float>{shape.batch, shape.in_features, shape.out_features, const_matrix(grad_z), false,
+                                      const_matrix(w), matrix(grad_input, shape.in_features), accumulates});
+  } else if (by_kernels && !accumulates) {  // in 16 bits nobody adds, for the sums would be rounded
+    const Tensor w = with_adjacent_columns(weight);
+    product_by_kernels(Bfloat16Product{shape.batch, shape.in_features, shape.out_features, const_bits(grad_z), false,
+                                       const_bits(w), bits(grad_input, shape.in_features)});
+  } else {
+    matmul_out(grad_input, grad_z, weight, accumulates ? std::optional(grad_input) : std::nullopt);
+  }
+}
+
+void linear_grad_weight_out_cpu(const Tensor& grad_weight, const Tensor& grad_z, const Tensor& input,
+                                bool accumulates) {
+  const LinearShape shape = linear_shape(input, grad_weight);
+  const bool by_kernels = kernels_win(grad_z, shape).grad_weight, in_float = grad_z.scalar_type() == ScalarType::Float;
+  if (by_kernels && in_float) {
+    const Tensor x = with_adjacent_columns(input);
+    product_by_kernels(Product<float>{shape.out_features, shape.in_features, shape.batch, const_matrix(grad_z), true,
+                                      const_matrix(x), matrix(grad_weight, shape.in_features), accumulates});
+  } else if (by_kernels && !accumulates) {
+    const Tensor x = with_adjacent_columns(input);
+    product_by_kernels(Bfloat16Product{shape.out_features, shape.in_features, shape.batch, const_bits(grad_z), true,
+                                       const_bits(x), bits(grad_weight, shape.in_features)});
+  } else {
+    matmul_out(grad_weight, transpose(grad_z), input, accumulates ? std::optional(grad_weight) : std::nullopt);
+  }
+}
+
+}  // namespace torch_mlp
