@@ -3,8 +3,8 @@
 // level_default.cpp, level_avx2.cpp, level_avx512.cpp and level_avx512_bf16.cpp compile the same sources (vector.h,
 // elementwise.h, gemm.h, softmax.h and so on) for one instruction set each, in a namespace of its own; kernels() gives
 // the table of the best one that the processor has. Those files include no header of torch and no function of the
-// standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be one that only some
-// processors can run.
+// standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be one that only
+// some processors can run.
 #pragma once
 
 #include <cstdint>
