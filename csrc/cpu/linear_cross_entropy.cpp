@@ -19,8 +19,7 @@ namespace {
 
 // Of logits at once: as many rows as make a product worth while, or, where the classes are few, fill a part of the
 // cache. Of 1024 rows and 32000 classes, chunks of 64 rows take 1.07 times as long as those of 128, chunks of 256 rows
-// 0.98 times, at twice the memory. In 16 bits the library packs the weight anew for each, and each rounds its part of
-// gW.
+// 0.98 times, at twice the memory. In 16 bits the weight is packed anew for each, and each rounds its part of gW.
 template <typename scalar_t>
 constexpr int64_t kChunkRows = sizeof(scalar_t) == 2 ? 512 : 128;
 constexpr int64_t kCacheBytes = 1 << 20;

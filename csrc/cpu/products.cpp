@@ -1,7 +1,8 @@
 // The three products of a linear layer on the CPU: by the vector kernels (gemm.h) or by torch's library.
 //
 // Fused: bias and activation follow the product on a block that is still in cache.
-// Whose product: for float32 mostly the vector kernels', else the library's; kernels_win says where.
+// Whose product: kernels_win and bfloat16_kernels_win say where the vector kernels have it: for float32 mostly, for
+// bfloat16 (gemm_bfloat16.h) in small batches.
 // Threads: by parts of the result, so that every element is summed in the same order whichever thread does it. So the
 // bits do not depend on the number of threads, but for what the library computes.
 #include "products.h"
