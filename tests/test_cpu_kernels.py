@@ -71,6 +71,21 @@ def assert_rounded(our, true, depth):
 sizes = st.sampled_from([1, 2, 5, 6, 7, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 100, 129, 257])
 
 
+def ours_and_truth(dtype, inputs, grad_output, activation):
+    """Output and gradients of linear_act in this dtype, and of torch in float64."""
+
+    def values(dtype, function):
+        leaves = [value.to(dtype).detach().requires_grad_() for value in inputs]
+        output = function(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
+
+    def eager(input, weight, bias=None):
+        return EAGER[activation](torch.nn.functional.linear(input, weight, bias))
+
+    ours = values(dtype, lambda *tensors: linear_act(*tensors, activation=activation))
+    return ours, values(torch.float64, eager)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(sizes, sizes, sizes, st.sampled_from(DIFFERENTIABLE), st.booleans(), st.integers(0, 10**6))
 @example(17, 4097, 17, "sigmoid", True, 0)  # too deep for a panel
@@ -88,16 +103,7 @@ def test_edges_of_tiles(batch, ins, outs, activation, has_bias, seed):
         inputs.append(surrounded(1, outs, generator)[0])
     grad_output = surrounded(batch, outs, generator)
 
-    def values(dtype, function):
-        leaves = [value.to(dtype).detach().requires_grad_() for value in inputs]
-        output = function(*leaves)
-        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
-
-    def eager(input, weight, bias=None):
-        return EAGER[activation](torch.nn.functional.linear(input, weight, bias))
-
-    ours = values(torch.float32, lambda *tensors: linear_act(*tensors, activation=activation))
-    truth = values(torch.float64, eager)
+    ours, truth = ours_and_truth(torch.float32, inputs, grad_output, activation)
     for our, true, depth in zip(ours, truth, (ins, outs, batch, batch), strict=False):
         assert_rounded(our, true, depth)
 
@@ -126,16 +132,7 @@ def test_exact_sums_of_bfloat16(batch, ins, outs, activation, has_bias, offset, 
     inputs = [integers(batch, ins), integers(outs, ins), *([integers(1, outs)[0]] if has_bias else [])]
     grad_output = integers(batch, outs)
 
-    def values(dtype, function):
-        leaves = [value.to(dtype).detach().requires_grad_() for value in inputs]
-        output = function(*leaves)
-        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(dtype))]
-
-    def eager(input, weight, bias=None):
-        return EAGER[activation](torch.nn.functional.linear(input, weight, bias))
-
-    ours = values(torch.bfloat16, lambda *tensors: linear_act(*tensors, activation=activation))
-    for our, true in zip(ours, values(torch.float64, eager), strict=True):
+    for our, true in zip(*ours_and_truth(torch.bfloat16, inputs, grad_output, activation), strict=True):
         assert our.dtype == torch.bfloat16
         assert ((our.double() - true).abs() <= torch.finfo(torch.bfloat16).eps * true.abs()).all()
 

@@ -27,8 +27,10 @@ def cross_entropy(
 ) -> Any:
     r"""Softmax cross-entropy of logits and classes: ``torch.nn.functional.cross_entropy`` in one op.
 
-    Softmax and loss are computed in one visit of each row and the gradient in another; the probabilities are never
-    stored. Logits of any size are handled, since each row is shifted by its maximum.
+    The probabilities are never stored. Softmax and loss are computed in one visit of each row and the gradient in
+    another; on the CPU, in float32 and float64, those of a reduced loss of classes are computed in the same visit, and
+    the gradient is held until the backward pass. Logits of any size are handled, since each row is shifted by its
+    maximum.
 
     Args:
         input: logits.
