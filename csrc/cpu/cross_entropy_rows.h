@@ -294,7 +294,7 @@ RowSums cross_entropy_rows(const scalar_t* input, const int64_t* target, const s
   const auto rows_between = [&](int64_t begin, int64_t end, RowTerms<scalar_t, compute>& terms) {
     const int64_t count = end - begin;
     const scalar_t* x = input + begin * classes;
-    scalar_t* grad = grad_input + begin * classes;
+    scalar_t* grad = grad_input ? grad_input + begin * classes : nullptr;
     std::array<int64_t, kRowsAtOnce> label;
     std::array<compute, kRowsAtOnce> at_label, log_sum;
     std::array<double, kRowsAtOnce> row_loss;

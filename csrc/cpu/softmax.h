@@ -90,7 +90,7 @@ TORCH_MLP_INLINE void statistics_of_many(const T* x, const int64_t* label, int64
   }
   for (int64_t i = 0; i < rows; ++i) {
     sum[i] = exponentials_of_row<keeps, T>(x + i * classes, classes, next.from(i * classes), maximum[i],
-                                           exponentials + i * classes);
+                                           keeps ? exponentials + i * classes : nullptr);
   }
 }
 
@@ -200,21 +200,21 @@ void statistics_and_gradient_of(const T* x, T* grad, int64_t rows, int64_t class
   if (classes <= kMostLaneClasses) {
     return statistics_and_gradient_in_lanes<has_offset>(x, grad, rows, classes, label, terms, maximum, sum, at_label);
   }
+  constexpr bool keeps = std::is_same_v<T, float>;  // exponentials of 16 bits would be too coarse
+  constexpr Values values = keeps ? Values::Exponentials : Values::Logits;
   const int64_t together = rows_together(classes);
-  for (int64_t begin = 0; begin < rows; begin += together, x += together * classes, grad += together * classes,
-               label += together, maximum += together, sum += together, at_label += together) {
-    const int64_t count = min(rows - begin, together);
-    const auto next = Next<T>::after(x, grad, count * classes);
-    constexpr bool keeps = std::is_same_v<T, float>;  // exponentials of 16 bits would be too coarse
+  for (int64_t begin = 0; begin < rows; begin += together) {
+    const int64_t count = min(rows - begin, together), end = begin + count;
+    const auto next = Next<T>::after(x + begin * classes, grad + begin * classes, count * classes);
     float* exponentials = nullptr;
     if constexpr (keeps) {
-      exponentials = grad;
+      exponentials = grad + begin * classes;
     }
-    statistics_of_many<keeps>(x, label, count, classes, next, exponentials, maximum, sum, at_label);
-    for (int64_t i = 0; i < count; ++i) {
-      gradient_of_row<keeps ? Values::Exponentials : Values::Logits, has_offset>(
-          (keeps ? grad : x) + i * classes, grad + i * classes, classes, label[i], maximum[i], sum[i],
-          terms.from(begin), i);
+    statistics_of_many<keeps>(x + begin * classes, label + begin, count, classes, next, exponentials, maximum + begin,
+                              sum + begin, at_label + begin);
+    for (int64_t i = begin; i < end; ++i) {
+      gradient_of_row<values, has_offset>((keeps ? grad : x) + i * classes, grad + i * classes, classes, label[i],
+                                          maximum[i], sum[i], terms, i);
     }
   }
 }
