@@ -87,7 +87,6 @@ def test_nothing_to_differentiate(device, input, reduction):
     target = torch.full(input.shape[:1], -100, device=device)
     cross_entropy(input, target, reduction=reduction).backward()
     assert input.grad.shape == input.shape
-    assert not input.grad.any()
 
 
 def test_loss_that_is_used_twice(device):

@@ -327,6 +327,14 @@ TORCH_MLP_INLINE vec first_lanes(vec value, int64_t count, vec other) {
 
 // --- exp and log ---
 
+template <int count, typename Step>
+TORCH_MLP_INLINE void for_each(const Step& step) {
+  TORCH_MLP_UNROLL
+  for (int j = 0; j < count; ++j) {
+    step(j);
+  }
+}
+
 // exp(x) = 2^n (1 + r + r^2 p), with n the integer nearest to x / log 2 and r the rest, |r| <= log(2) / 2. Of several
 // vectors one step at a time: the steps of one wait for each other, and if they came first, so would the next vector's.
 template <int count>
@@ -336,26 +344,20 @@ struct ExpParts {
 
 template <int count>
 TORCH_MLP_INLINE ExpParts<count> split_exp(const vec (&x)[count]) {
-  const auto each = [](const auto& step) {
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < count; ++j) {
-      step(j);
-    }
-  };
   ExpParts<count> parts;
   auto& [n, r, p] = parts;
   // Adding 1.5 * 2^23 rounds to an integer. log(2) is subtracted in two parts, of which n times the first is exact
   // (Cody and Waite, Software Manual for the Elementary Functions, 1980, chapter 6).
   constexpr float to_integer = 12582912.0f;
-  each([&](int j) { n[j] = x[j] * 1.44269504f + to_integer; });
-  each([&](int j) { n[j] -= to_integer; });
-  each([&](int j) { r[j] = x[j] - n[j] * 0.693145752f; });
-  each([&](int j) { r[j] -= n[j] * 1.42860677e-6f; });
+  for_each<count>([&](int j) { n[j] = x[j] * 1.44269504f + to_integer; });
+  for_each<count>([&](int j) { n[j] -= to_integer; });
+  for_each<count>([&](int j) { r[j] = x[j] - n[j] * 0.693145752f; });
+  for_each<count>([&](int j) { r[j] -= n[j] * 1.42860677e-6f; });
   // Of degree 4, such that the largest error, 3e-9 of exp(r), is the least.
-  each([&](int j) { p[j] = r[j] * 1.38212356e-3f + 8.36866629e-3f; });
-  each([&](int j) { p[j] = p[j] * r[j] + 4.16682586e-2f; });
-  each([&](int j) { p[j] = p[j] * r[j] + 1.66665211e-1f; });
-  each([&](int j) { p[j] = p[j] * r[j] + 4.9999994e-1f; });
+  for_each<count>([&](int j) { p[j] = r[j] * 1.38212356e-3f + 8.36866629e-3f; });
+  for_each<count>([&](int j) { p[j] = p[j] * r[j] + 4.16682586e-2f; });
+  for_each<count>([&](int j) { p[j] = p[j] * r[j] + 1.66665211e-1f; });
+  for_each<count>([&](int j) { p[j] = p[j] * r[j] + 4.9999994e-1f; });
   return parts;
 }
 
@@ -375,17 +377,11 @@ TORCH_MLP_INLINE vec scale_by_power_of_two(vec value, vec n) {
 // exp(x) of each, in its place, for x <= 89, and NaN.
 template <int count>
 TORCH_MLP_INLINE void exp_below_overflow(vec (&x)[count]) {
-  const auto each = [](const auto& step) {
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < count; ++j) {
-      step(j);
-    }
-  };
-  each([&](int j) { x[j] = maximum_of(broadcast(-104.0f), x[j]); });  // exp(-104) is 0
+  for_each<count>([&](int j) { x[j] = maximum_of(broadcast(-104.0f), x[j]); });  // exp(-104) is 0
   const auto [n, r, p] = split_exp(x);
-  each([&](int j) { x[j] = p[j] * r[j] + 1.0f; });
-  each([&](int j) { x[j] = x[j] * r[j] + 1.0f; });
-  each([&](int j) { x[j] = scale_by_power_of_two(x[j], n[j]); });
+  for_each<count>([&](int j) { x[j] = p[j] * r[j] + 1.0f; });
+  for_each<count>([&](int j) { x[j] = x[j] * r[j] + 1.0f; });
+  for_each<count>([&](int j) { x[j] = scale_by_power_of_two(x[j], n[j]); });
 }
 
 TORCH_MLP_INLINE vec exp_below_overflow(vec x) {
