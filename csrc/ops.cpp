@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "Tensor lse, "
       "Tensor total_weight, str reduction, int ignore_index, float label_smoothing) -> Tensor");
 
+  // the gradient that came with the loss becomes that of grad_output, (), in place
+  m.def(
+      "_cross_entropy_rescale_(Tensor(a!) gradient, Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+      "Tensor lse, Tensor total_weight, str reduction, int ignore_index, float label_smoothing) -> ()");
+
   // (loss, lse) of a number for each class, its probability mostly; target like input; lse as above
   m.def("cross_entropy_probabilities(Tensor input, Tensor target, str reduction) -> (Tensor, Tensor)");
 

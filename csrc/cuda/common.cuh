@@ -43,6 +43,16 @@ __device__ void store(scalar_t* row, PackIndex<width> at, const Pack<scalar_t, w
   reinterpret_cast<Pack<scalar_t, width>*>(row + at.head)[at.number] = pack;
 }
 
+// The same of what nobody reads soon: it leaves the cache to what is read again.
+template <int width, typename scalar_t>
+__device__ void store_streaming(scalar_t* row, PackIndex<width> at, const Pack<scalar_t, width>& pack) {
+  if constexpr (sizeof(pack) == sizeof(float4)) {
+    __stcs(reinterpret_cast<float4*>(row + at.head) + at.number, reinterpret_cast<const float4&>(pack));
+  } else {
+    store(row, at, pack);
+  }
+}
+
 // --- reductions ---
 
 struct Add {
@@ -72,10 +82,10 @@ __device__ T warp_reduce(T value, const Combine& combine) {
   return value;
 }
 
-// Combines the values of all threads of a block of kThreads; each of them gets the result.
-template <typename T, typename Combine>
+// Combines the values of all threads of a block; each of them gets the result.
+template <int threads = kThreads, typename T, typename Combine>
 __device__ T block_reduce(T value, const Combine& combine) {
-  constexpr int warps = kThreads / kWarpThreads;
+  constexpr int warps = threads / kWarpThreads;
   __shared__ T of_warp[warps];
   value = warp_reduce<kWarpThreads>(value, combine);
   __syncthreads();  // the threads may still be reading the results of an earlier call
@@ -89,8 +99,8 @@ __device__ T block_reduce(T value, const Combine& combine) {
 // Combines the values of `lanes` adjacent threads, part of a warp or the whole block.
 template <int lanes, typename T, typename Combine>
 __device__ T lanes_reduce(T value, const Combine& combine) {
-  if constexpr (lanes == kThreads) {
-    return block_reduce(value, combine);
+  if constexpr (lanes > kWarpThreads) {
+    return block_reduce<lanes>(value, combine);
   } else {
     return warp_reduce<lanes>(value, combine);
   }

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
 #pragma unroll
       for (int j = 0; j < at.width; ++j) {
         const compute value = compute(logits.values[j]), weight = compute(weights.values[j]);
-        logits.values[j] = of_exp * std::exp(value - maximum) - of_target * weight;
+        logits.values[j] = of_exp * exp_of<scalar_t>(value - maximum) - of_target * weight;
         weights.values[j] = factor * (log_sum + (maximum - value));
       }
       if (grad_input) {

@@ -36,6 +36,41 @@ __device__ double row_smoothing(const scalar_t* x, int64_t phase, const scalar_t
   return lanes_reduce<lanes>(sum, Add{});
 }
 
+// The gradient of a row whose loss counts scale times, and its lse of_lse times. maximum and sum are those of
+// row_softmax; phase is that of x and grad, negative where they differ.
+template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
+__device__ void row_gradient(const scalar_t* x, scalar_t* grad, int64_t phase, int64_t classes, int lane, int64_t label,
+                             compute maximum, compute sum, double scale, double of_lse, const scalar_t* weight,
+                             double sum_of_weights, const Options& options) {
+  const double label_weight = weight ? double(compute(weight[label])) : 1.0;
+  const double row_weight = options.at_label * label_weight;
+  const compute of_exp = compute((scale * (row_weight + options.per_class * sum_of_weights) + of_lse) / double(sum));
+  const bool is_smoothed = options.per_class > 0;
+  const compute of_weight = compute(is_smoothed ? scale * options.per_class : 0.0);
+  // The target's own: here digits cancel as p nears 1, and one class alone must give exactly 0. Of a scale of inf torch
+  // subtracts inf from inf.
+  const double p = std::exp(double(compute(x[label])) - double(maximum)) / double(sum);
+  const double of_smoothing = is_smoothed ? options.per_class * (sum_of_weights * p - label_weight) : 0.0;
+  const compute at_label = compute(scale * (row_weight * (p - 1) + of_smoothing) + of_lse * p + (scale - scale));
+  const scalar_t* class_weight = is_smoothed ? weight : nullptr;
+  for_each_pack<scalar_t>(phase, classes, lane, lanes, [&](auto at) {
+    auto pack = load(x, at);
+#pragma unroll
+    for (int j = 0; j < at.width; ++j) {
+      const compute offset = class_weight ? of_weight * compute(class_weight[at.first() + j]) : of_weight;
+      const compute value = of_exp * exp_of<scalar_t>(compute(pack.values[j]) - maximum) - offset;
+      pack.values[j] = at.first() + j == label ? at_label : value;
+    }
+    store_streaming(grad, at, pack);
+  });
+}
+
+template <int lanes, typename scalar_t>
+__device__ void zero_row(scalar_t* grad, int64_t phase, int64_t classes, int lane) {
+  for_each_pack<scalar_t>(phase, classes, lane, lanes,
+                          [&](auto at) { store_streaming(grad, at, Pack<scalar_t, at.width>{}); });
+}
+
 // One block: sum_k w_k.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) weight_sum_kernel(const scalar_t* __restrict__ weight, int phase,
@@ -53,17 +88,19 @@ __global__ void __launch_bounds__(kThreads) weight_sum_kernel(const scalar_t* __
 }
 
 // Writes each row's maximum and sum, its loss unless that is null, and the block's sums of losses and of label weights,
-// side by side. weight_sum is null where no class weights are given, or no smoothing needs their sum. phase is that of
-// input.
-template <int lanes, typename scalar_t, typename loss_t>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
+// side by side; and with_gradient, while the row is in the cache, its gradient for a grad_output of 1, over the divisor
+// unless that is null. weight_sum is null where no class weights are given, or no smoothing needs their sum. phase is
+// that of input, grad_phase that of both, negative where they differ.
+template <int lanes, bool with_gradient, typename scalar_t, typename loss_t>
+__global__ void __launch_bounds__(block_threads(lanes), kMinBlocks<scalar_t> * kThreads / block_threads(lanes))
     cross_entropy_kernel(const scalar_t* __restrict__ input, int phase, const int64_t* __restrict__ target,
                          const scalar_t* __restrict__ weight, const double* __restrict__ weight_sum,
                          loss_t* __restrict__ loss, compute_t<scalar_t>* __restrict__ maxima,
-                         compute_t<scalar_t>* __restrict__ sums, double* __restrict__ partials, int64_t rows,
+                         compute_t<scalar_t>* __restrict__ sums, const compute_t<scalar_t>* __restrict__ divisor,
+                         scalar_t* __restrict__ grad_input, int grad_phase, double* __restrict__ partials, int64_t rows,
                          int64_t classes, Options options) {
   using compute = compute_t<scalar_t>;
-  constexpr int block_rows = kThreads / lanes;
+  constexpr int threads = block_threads(lanes), block_rows = threads / lanes;
   const int lane = threadIdx.x % lanes;
   const double sum_of_weights = weight_sum ? *weight_sum : double(classes);
   double block_loss = 0, block_weight = 0;
@@ -98,12 +135,46 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
       block_loss += row_loss;
       block_weight += row_weight;
     }
+    if constexpr (with_gradient) {
+      scalar_t* grad = grad_input + i * classes;
+      const int64_t row_phase = grad_phase < 0 ? grad_phase : grad_phase + i * classes;
+      if (counts) {
+        row_gradient<lanes>(x, grad, row_phase, classes, lane, label, maximum, sum,
+                            divisor ? 1 / double(*divisor) : 1.0, 0.0, weight, sum_of_weights, options);
+      } else if (is_row) {
+        zero_row<lanes>(grad, row_phase, classes, lane);
+      }
+    }
   }
-  block_loss = block_reduce(block_loss, Add{});
-  block_weight = block_reduce(block_weight, Add{});
+  block_loss = block_reduce<threads>(block_loss, Add{});
+  block_weight = block_reduce<threads>(block_weight, Add{});
   if (threadIdx.x == 0) {
     partials[2 * int64_t(blockIdx.x)] = block_loss;
     partials[2 * int64_t(blockIdx.x) + 1] = block_weight;
+  }
+}
+
+// What a target adds to the divisor of the mean. A wrong one adds nothing here, and is found where its loss is
+// computed.
+template <typename scalar_t>
+__device__ double target_weight(int64_t label, const scalar_t* weight, int64_t classes, int64_t ignore_index) {
+  const bool counts = label != ignore_index && label >= 0 && label < classes;
+  return !counts ? 0.0 : weight ? double(compute_t<scalar_t>(weight[label])) : 1.0;
+}
+
+// A block's sum of the weights of its targets, as a partial sum for sum_losses beside a loss of 0.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads)
+    target_weight_kernel(const int64_t* __restrict__ target, const scalar_t* __restrict__ weight,
+                         double* __restrict__ partials, int64_t rows, int64_t classes, int64_t ignore_index) {
+  double sum = 0;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows; i += int64_t(gridDim.x) * kThreads) {
+    sum += target_weight(target[i], weight, classes, ignore_index);
+  }
+  sum = block_reduce(sum, Add{});
+  if (threadIdx.x == 0) {
+    partials[2 * int64_t(blockIdx.x)] = 0;
+    partials[2 * int64_t(blockIdx.x) + 1] = sum;
   }
 }
 
@@ -129,7 +200,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // grad_output, grad_stride, divisor and grad_lse are RowGradients; phase is that of input and grad_input, negative
-// where they differ.
+// where they differ. Where holds_one, grad_input holds the gradient for a grad_output of 1.
 template <int lanes, typename scalar_t, typename grad_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     cross_entropy_backward_kernel(const grad_t* __restrict__ grad_output, int64_t grad_stride,
@@ -138,46 +209,27 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
                                   int phase, const int64_t* __restrict__ target, const scalar_t* __restrict__ weight,
                                   const double* __restrict__ weight_sum, const compute_t<scalar_t>* __restrict__ maxima,
                                   const compute_t<scalar_t>* __restrict__ sums, scalar_t* __restrict__ grad_input,
-                                  int64_t rows, int64_t classes, Options options) {
+                                  int64_t rows, int64_t classes, bool holds_one, Options options) {
   using compute = compute_t<scalar_t>;
   constexpr int block_rows = kThreads / lanes;
+  if (holds_one && compute(*grad_output) == 1) {
+    return;
+  }
   const int lane = threadIdx.x % lanes;
   const double sum_of_weights = weight_sum ? *weight_sum : double(classes);
 
   for (int64_t i = int64_t(blockIdx.x) * block_rows + threadIdx.x / lanes; i < rows;
        i += int64_t(gridDim.x) * block_rows) {
-    const scalar_t* x = input + i * classes;
-    scalar_t* grad = grad_input + i * classes;
     const int64_t label = target[i], row_phase = phase < 0 ? phase : phase + i * classes;
     if (label == options.ignore_index) {
-      for_each_pack<scalar_t>(row_phase, classes, lane, lanes,
-                              [&](auto at) { store(grad, at, Pack<scalar_t, at.width>{}); });
+      zero_row<lanes>(grad_input + i * classes, row_phase, classes, lane);
       continue;
     }
     CUDA_KERNEL_ASSERT(label >= 0 && label < classes && "expected target in [0, num_classes)");
     const double incoming = grad_output ? double(compute(grad_output[i * grad_stride])) : 1.0;
-    const double scale = incoming / (divisor ? double(*divisor) : 1.0);
-    const double label_weight = weight ? double(compute(weight[label])) : 1.0;
-    const double row_weight = options.at_label * label_weight;
-    const compute maximum = maxima[i], sum = sums[i];
-    const double of_lse = grad_lse ? double(grad_lse[i]) : 0.0;
-    const compute of_exp = compute((scale * (row_weight + options.per_class * sum_of_weights) + of_lse) / double(sum));
-    const compute of_weight = compute(scale * options.per_class);
-    // The target's own: here digits cancel as p nears 1, and one class alone must give exactly 0.
-    const double p = std::exp(double(compute(x[label])) - double(maximum)) / double(sum);
-    const compute at_label =
-        compute(scale * (row_weight * (p - 1) + options.per_class * (sum_of_weights * p - label_weight)) + of_lse * p);
-    const scalar_t* class_weight = options.per_class > 0 ? weight : nullptr;
-    for_each_pack<scalar_t>(row_phase, classes, lane, lanes, [&](auto at) {
-      auto pack = load(x, at);
-#pragma unroll
-      for (int j = 0; j < at.width; ++j) {
-        const compute offset = class_weight ? of_weight * compute(class_weight[at.first() + j]) : of_weight;
-        const compute value = of_exp * std::exp(compute(pack.values[j]) - maximum) - offset;
-        pack.values[j] = at.first() + j == label ? at_label : value;
-      }
-      store(grad, at, pack);
-    });
+    row_gradient<lanes>(input + i * classes, grad_input + i * classes, row_phase, classes, lane, label, maxima[i],
+                        sums[i], incoming / (divisor ? double(*divisor) : 1.0), grad_lse ? double(grad_lse[i]) : 0.0,
+                        weight, sum_of_weights, options);
   }
 }
 
@@ -207,17 +259,30 @@ std::optional<Tensor> sum_of_weights(const std::optional<Tensor>& weight, double
   return sum;
 }
 
-// Writes each row's maximum and sum, its loss unless that is null, and for each block two partial sums for sum_losses.
+// The phase of both, or -1 where they differ.
+template <typename scalar_t>
+int common_phase_of(const scalar_t* a, const scalar_t* b) {
+  return phase_of(a) == phase_of(b) ? phase_of(a) : -1;
+}
+
+// Writes each row's maximum and sum, its loss unless that is null, for each block two partial sums for sum_losses, and
+// unless grad_input is null its gradient for a grad_output of 1, over the divisor unless that is null.
 template <typename scalar_t, typename loss_t>
 void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, const double* weight_sum,
-                        loss_t* loss, compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum, double* partials,
-                        unsigned int blocks, int64_t rows, int64_t classes, const Options& options,
-                        cudaStream_t stream) {
-  dispatch_lanes<kFewLanes>(classes, [&](auto lanes) {
-    cross_entropy_kernel<lanes.value><<<blocks, kThreads, 0, stream>>>(
-        input, phase_of(input), target, weight, weight_sum, loss, maximum, sum, partials, rows, classes, options);
+                        loss_t* loss, compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum,
+                        const compute_t<scalar_t>* divisor, scalar_t* grad_input, double* partials, unsigned int blocks,
+                        int64_t rows, int64_t classes, const Options& options, cudaStream_t stream) {
+  const auto launch = [&](auto lanes, auto with_gradient) {
+    cross_entropy_kernel<lanes.value, with_gradient.value><<<blocks, block_threads(lanes.value), 0, stream>>>(
+        input, phase_of(input), target, weight, weight_sum, loss, maximum, sum, divisor, grad_input,
+        common_phase_of<scalar_t>(input, grad_input), partials, rows, classes, options);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
+  };
+  if (grad_input) {
+    dispatch_lanes_of_cached_rows<scalar_t, kFewLanes>(classes, [&](auto lanes) { launch(lanes, std::true_type{}); });
+  } else {
+    dispatch_lanes<kFewLanes>(classes, [&](auto lanes) { launch(lanes, std::false_type{}); });
+  }
 }
 
 // The total weight, and the reduced loss unless that is null, from the partial sums of all blocks.
@@ -227,6 +292,24 @@ void sum_losses(const Tensor& partials, loss_t* loss, compute_t<loss_t>* total_w
   loss_sum_kernel<<<1, kThreads, 0, stream>>>(partials.const_data_ptr<double>(), loss, total_weight,
                                               partials.numel() / 2, is_mean);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// The sum of the weights of the targets, which gradients need before the loss of all rows is there.
+template <typename scalar_t>
+Tensor total_weight_of(const Tensor& target, const std::optional<Tensor>& weight, int64_t classes,
+                       int64_t ignore_index) {
+  using compute = compute_t<scalar_t>;
+  const cudaStream_t stream = current_stream(target);
+  const int64_t rows = target.numel();
+  const unsigned int blocks = blocks_of(rows, kThreads, kMaxSumBlocks);
+  const Tensor partials = empty({blocks, 2}, ScalarType::Double, target);
+  Tensor total_weight = empty({}, torch::headeronly::CppTypeToScalarType<compute>::value, target);
+  target_weight_kernel<scalar_t>
+      <<<blocks, kThreads, 0, stream>>>(target.const_data_ptr<int64_t>(), data_of<scalar_t>(weight),
+                                        partials.mutable_data_ptr<double>(), rows, classes, ignore_index);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  sum_losses<compute>(partials, nullptr, total_weight.mutable_data_ptr<compute>(), false, stream);
+  return total_weight;
 }
 
 // What comes in for the backward pass: a gradient for each row, or one for all where stride is 0, or null, which stands
@@ -251,21 +334,24 @@ RowGradients<grad_t, compute> row_gradients(const Tensor& grad_output, const std
           reduction == Reduction::Mean ? total_weight.const_data_ptr<compute>() : nullptr, data_of<compute>(grad_lse)};
 }
 
-// The gradient of the logits, which must not take their place.
+// The gradient of the logits, which must not take their place. Where holds_one, it is there for a grad_output of 1, and
+// nothing is done if that is what comes in.
 template <typename scalar_t, typename grad_t>
 void cross_entropy_backward_rows(const RowGradients<grad_t, compute_t<scalar_t>>& incoming, const scalar_t* input,
                                  const int64_t* target, const scalar_t* weight, const double* weight_sum,
                                  const compute_t<scalar_t>* maximum, const compute_t<scalar_t>* sum,
                                  scalar_t* grad_input, int64_t rows, int64_t classes, const Options& options,
-                                 cudaStream_t stream) {
+                                 cudaStream_t stream, bool holds_one = false) {
   if (rows == 0 || classes == 0) {
     return;
   }
-  const int phase = phase_of(input) == phase_of(grad_input) ? phase_of(input) : -1;
+  const int phase = common_phase_of<scalar_t>(input, grad_input);
+  const int64_t most_blocks = holds_one ? kMaxSumBlocks : kMaxBlocks;  // blocks that have nothing to do take time too
   dispatch_lanes<kFewLanes>(classes, [&](auto lanes) {
-    cross_entropy_backward_kernel<lanes.value><<<blocks_of(rows, kThreads / lanes.value), kThreads, 0, stream>>>(
+    const unsigned int blocks = blocks_of(rows, kThreads / lanes.value, most_blocks);
+    cross_entropy_backward_kernel<lanes.value><<<blocks, kThreads, 0, stream>>>(
         incoming.of_rows, incoming.stride, incoming.divisor, incoming.of_lse, input, phase, target, weight, weight_sum,
-        maximum, sum, grad_input, rows, classes, options);
+        maximum, sum, grad_input, rows, classes, holds_one, options);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <type_traits>
 
@@ -90,6 +91,35 @@ void dispatch_lanes(int64_t classes, const Body& body) {
     body(std::integral_constant<int, kWarpThreads>{});
   } else {
     body(std::integral_constant<int, kThreads>{});
+  }
+}
+
+// The threads of a block of which so many share a row.
+constexpr int block_threads(int lanes) { return std::max(lanes, kThreads); }
+
+// The same for a kernel that visits a row twice, the second time in the L2 cache. There the rows of all blocks that run
+// have to find room, so the longer rows are, the more threads share one and the fewer blocks run.
+constexpr int64_t kBlockRowBytes = 16 << 10;
+constexpr int64_t kWideBlockRowBytes = 96 << 10;
+
+template <typename scalar_t, int few, typename Body>
+void dispatch_lanes_of_cached_rows(int64_t classes, const Body& body) {
+  const int64_t bytes = classes * int64_t(sizeof(scalar_t));
+  if constexpr (sizeof(scalar_t) < 8) {
+    if (const char* t = getenv("CE_T"); t && classes > kWarpClasses) {
+      if (t[0] == '1') return body(std::integral_constant<int, kThreads>{});
+      if (t[0] == '2') return body(std::integral_constant<int, 2 * kThreads>{});
+      return body(std::integral_constant<int, 4 * kThreads>{});
+    }
+  }
+  if (bytes <= kBlockRowBytes) {
+    dispatch_lanes<few>(classes, body);
+  } else if constexpr (sizeof(scalar_t) == sizeof(double)) {
+    dispatch_lanes<few>(classes, body);  // a thread of a larger block has too few registers
+  } else if (bytes <= kWideBlockRowBytes) {
+    body(std::integral_constant<int, 2 * kThreads>{});
+  } else {
+    body(std::integral_constant<int, 4 * kThreads>{});
   }
 }
 

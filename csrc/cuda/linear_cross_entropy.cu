@@ -20,30 +20,6 @@
 namespace torch_mlp {
 namespace {
 
-// What a target adds to the divisor of the mean. A wrong one adds nothing here, and is found where its loss is
-// computed.
-template <typename scalar_t>
-__device__ double target_weight(int64_t label, const scalar_t* weight, int64_t classes, int64_t ignore_index) {
-  const bool counts = label != ignore_index && label >= 0 && label < classes;
-  return !counts ? 0.0 : weight ? double(compute_t<scalar_t>(weight[label])) : 1.0;
-}
-
-// A block's sum of the weights of its targets, as a partial sum for sum_losses beside a loss of 0.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    target_weight_kernel(const int64_t* __restrict__ target, const scalar_t* __restrict__ weight,
-                         double* __restrict__ partials, int64_t rows, int64_t classes, int64_t ignore_index) {
-  double sum = 0;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows; i += int64_t(gridDim.x) * kThreads) {
-    sum += target_weight(target[i], weight, classes, ignore_index);
-  }
-  sum = block_reduce(sum, Add{});
-  if (threadIdx.x == 0) {
-    partials[2 * int64_t(blockIdx.x)] = 0;
-    partials[2 * int64_t(blockIdx.x) + 1] = sum;
-  }
-}
-
 // sums[k] += gz[k] + gz[k + stride] + gz[k + 2 stride] + ..., from 0 where is_first. stride is a multiple of the number
 // of columns.
 template <typename scalar_t>
@@ -204,23 +180,6 @@ void for_each_chunk(const Arguments& of, int64_t chunk_rows, const Body& body) {
   } while (begin < rows);
 }
 
-// The sum of the weights of the targets, which the gradients need before the logits of all rows have been there.
-template <typename scalar_t>
-Tensor total_weight_of(const Arguments& of, int64_t ignore_index) {
-  using compute = compute_t<scalar_t>;
-  const cudaStream_t stream = current_stream(of.input);
-  const int64_t rows = of.target.numel();
-  const unsigned int blocks = blocks_of(rows, kThreads, kMaxSumBlocks);
-  const Tensor partials = empty({blocks, 2}, ScalarType::Double, of.input);
-  Tensor total_weight = empty({}, torch::headeronly::CppTypeToScalarType<compute>::value, of.input);
-  target_weight_kernel<<<blocks, kThreads, 0, stream>>>(
-      of.target.const_data_ptr<int64_t>(), data_of<scalar_t>(of.weight), partials.mutable_data_ptr<double>(), rows,
-      of.linear_weight.size(0), ignore_index);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  sum_losses<compute>(partials, nullptr, total_weight.mutable_data_ptr<compute>(), false, stream);
-  return total_weight;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cuda(
@@ -254,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
     const std::optional<Tensor> weight_sum = sum_of_weights<scalar_t>(of.weight, label_smoothing);
     std::optional<Tensor> divisor;
     if (needs.any() && reduce == Reduction::Mean) {
-      divisor = total_weight_of<scalar_t>(of, ignore_index);
+      divisor = total_weight_of<scalar_t>(of.target, of.weight, classes, ignore_index);
     }
     const RowGradients<compute, compute> one{nullptr, 0, data_of<compute>(divisor), nullptr};
     const int64_t chunk_rows = chunk_rows_of(of.input.size(0), of.linear_weight.size(0), sizeof(scalar_t));
@@ -265,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
     for_each_chunk(of, chunk_rows, [&](const Tensor& logits, int64_t begin, int64_t end) {
       const scalar_t* z = logits.const_data_ptr<scalar_t>();
       cross_entropy_rows(z, labels + begin, of_class, data_of<double>(weight_sum), is_none ? losses + begin : nullptr,
-                         maximum + begin, sum + begin, of_chunk, blocks, end - begin, classes, options, stream);
+                         maximum + begin, sum + begin, static_cast<const compute*>(nullptr),
+                         static_cast<scalar_t*>(nullptr), of_chunk, blocks, end - begin, classes, options, stream);
       of_chunk += 2 * blocks;
       gradients.add(one, logits, maximum, sum, data_of<double>(weight_sum), options, begin, end);
     });

@@ -27,6 +27,16 @@ __device__ compute shift_of(compute maximum) {
   return maximum == -kInfinity<compute> ? compute(0) : maximum;
 }
 
+// exp of what is at most 0. In 16 bits the processor's own approximation is far more exact than the result.
+template <typename scalar_t, typename compute = compute_t<scalar_t>>
+__device__ compute exp_of(compute x) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    return __expf(x);
+  } else {
+    return std::exp(x);
+  }
+}
+
 // The maximum m of a row, and sum_c exp(x_c - m). A row that holds NaN or +inf, or nothing but -inf, has NaN for the
 // latter, and so for loss and gradient, as in torch; one of no classes has -inf and 0.
 template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
@@ -41,16 +51,16 @@ __device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, i
       grown = std::fmax(grown, compute(value));
     }
     const compute shift = shift_of(grown);
-    partial *= std::exp(running - shift);
+    partial *= exp_of<scalar_t>(running - shift);
 #pragma unroll
     for (const auto& value : pack.values) {
-      partial += std::exp(compute(value) - shift);
+      partial += exp_of<scalar_t>(compute(value) - shift);
     }
     running = grown;
   });
   maximum = lanes_reduce<lanes>(running, Max{});
   // In double: of many threads' rounded sums, the error would be in all gradients of the row.
-  const double total = lanes_reduce<lanes>(double(partial * std::exp(running - shift_of(maximum))), Add{});
+  const double total = lanes_reduce<lanes>(double(partial * exp_of<scalar_t>(running - shift_of(maximum))), Add{});
   sum = maximum == -kInfinity<compute> && classes > 0 ? kNaN<compute> : compute(total);
 }
 

@@ -9,9 +9,10 @@ and a row whose target is ignore_index has loss and gradient 0. "mean" divides b
 logarithm of the sum of exp(x_c), and a result of its own where it is asked for: dlse/dx_c = p_c. (Bishop, Pattern
 Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al., 2015, arXiv:1512.00567.)
 
-On the CPU, where exponentials and memory are what takes the time, a reduced loss that is to be differentiated comes
-with its gradient, for an upstream gradient of 1; the backward pass multiplies that by what comes in, if it is not 1.
-Elsewhere, in 16 bits, and where a gradient comes in for lse too, the backward op computes the softmax again.
+Where exponentials and memory are what takes the time, a reduced loss that is to be differentiated comes with its
+gradient, for an upstream gradient of 1. If another one comes in, the backward pass multiplies by it on the CPU; on CUDA,
+where the host does not know it, a kernel looks and then computes the gradient anew in its place. Otherwise, and where a
+gradient comes in for lse too, the backward op computes the softmax again.
 """
 
 import math
@@ -27,6 +28,9 @@ from torch_mlp.ops.transforms import in_transform, is_composed, is_last_use
 forward_op = torch.ops.torch_mlp.cross_entropy.default
 with_gradient_op = torch.ops.torch_mlp._cross_entropy_with_gradient.default
 backward_op = torch.ops.torch_mlp._cross_entropy_backward.default
+rescale_op = torch.ops.torch_mlp._cross_entropy_rescale_.default
+
+_FEW_LOGITS = 1 << 22  # on CUDA: they stay in the cache until the backward pass, and launches are what takes the time
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -70,6 +74,22 @@ def _(
     label_smoothing: float,
 ) -> Tensor:
     return input.new_empty(input.shape)
+
+
+@register_fake("torch_mlp::_cross_entropy_rescale_")
+def _(
+    gradient: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    lse: Tensor,
+    total_weight: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    return None
 
 
 def reference(
@@ -236,8 +256,12 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None = None, _: None = None) -> Any:
         """Gradient of input."""
         input, target, weight, lse, total_weight, *gradient = ctx.saved_tensors
-        if gradient and not torch.is_grad_enabled() and _is_factor(grad_output):
-            return _scaled(gradient[0], grad_output), *(None,) * 7
+        if gradient and not torch.is_grad_enabled() and type(grad_output) is Tensor and not in_transform():
+            if input.is_cpu and _is_factor(grad_output):
+                return _scaled(gradient[0], grad_output), *(None,) * 7
+            if input.is_cuda and is_last_use(grad_output):
+                rescale_op(gradient[0], grad_output, input, target, weight, lse, total_weight, *ctx.options)
+                return gradient[0], *(None,) * 7
         if grad_output is None:
             grad_output = input.new_zeros(input.shape[:1] if ctx.options[0] == "none" else ())
         saved = target, weight, lse, total_weight
@@ -247,27 +271,25 @@ class CrossEntropy(torch.autograd.Function):
 def _keeps_gradient(input: Tensor, reduction: str) -> bool:
     """Whether the forward pass computes the gradient too.
 
-    In 16 bits it would be rounded twice, and small ones vanish without the factor of a GradScaler. A compiler does not
-    know whether a graph is freed.
+    A compiler does not know whether a graph is freed, nor a CUDA graph how often the backward pass is run. On the CPU
+    16 bits would be rounded twice, and small ones vanish without the factor of a GradScaler. With one, a gradient in
+    float16 would always be computed again.
     """
+    if not input.requires_grad or not torch.is_grad_enabled() or reduction == "none" or torch.compiler.is_compiling():
+        return False
+    if input.is_cpu:
+        return input.dtype in (torch.float32, torch.float64)
     return (
-        input.requires_grad
-        and torch.is_grad_enabled()
-        and reduction != "none"
-        and input.is_cpu
-        and input.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
+        input.is_cuda
+        and input.dtype != torch.float16
+        and input.numel() >= _FEW_LOGITS
+        and not torch.cuda.is_current_stream_capturing()
     )
 
 
-def _is_factor(grad_output: Any) -> bool:
+def _is_factor(grad_output: Tensor) -> bool:
     """Whether a gradient can be multiplied by it. By inf and NaN it cannot: that of rows that are ignored stays 0."""
-    return (
-        type(grad_output) is Tensor
-        and not in_transform()
-        and not is_legacy_batchedtensor(grad_output)
-        and math.isfinite(grad_output.item())
-    )
+    return not is_legacy_batchedtensor(grad_output) and math.isfinite(grad_output.item())
 
 
 def _scaled(gradient: Tensor, factor: Any) -> Tensor:
