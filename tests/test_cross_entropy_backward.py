@@ -1,7 +1,10 @@
 """The backward pass of cross_entropy, where the forward pass computes the gradient: torch_mlp/ops/cross_entropy.py."""
 
+import importlib
+
 import pytest
 import torch
+from conftest import assert_no_less_accurate, why_no_cuda
 from functorch.compile import make_boxed_func
 from test_cross_entropy import eager, make
 from torch._dynamo.backends.common import aot_autograd
@@ -9,9 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_mlp.functional import cross_entropy
 
-CLASSES = pytest.mark.parametrize("classes", [1, 3, 10, 16, 17, 67, 1000, 5003])
+CLASSES = pytest.mark.parametrize("classes", [1, 3, 10, 16, 17, 67, 1000, 5003, 30011])
 REDUCED = pytest.mark.parametrize("reduction", ["mean", "sum"])
 OPS = torch.ops.torch_mlp
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch):
+    """On CUDA the forward pass computes the gradient of many logits only, and of as few as these in this file."""
+    monkeypatch.setattr(importlib.import_module("torch_mlp.ops.cross_entropy"), "_FEW_LOGITS", 0)
 
 
 class Calls(TorchDispatchMode):
@@ -46,6 +55,20 @@ def test_any_upstream_gradient(device, reduction, weighted, label_smoothing, cla
     expected = truth(input, target, weight, grad_output, **options)
     torch.testing.assert_close(grad.double(), expected, rtol=2e-6, atol=2e-7 * float(expected.abs().max()))
     assert not grad[18].any()  # is ignored
+
+
+@CLASSES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_accuracy(device, dtype, classes, offset, factor):
+    logits = torch.randn(37 * classes + offset, device=device).to(dtype)[offset:].view(37, classes)
+    target = torch.randint(classes, (37,), device=device)
+    grad_output = torch.tensor(factor, device=device, dtype=dtype)
+    ours, theirs = logits.requires_grad_(), logits.detach().clone().requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(ours, target, reduction="sum"), ours, grad_output)
+    (expected,) = torch.autograd.grad(eager(theirs, target, reduction="sum"), theirs, grad_output)
+    assert_no_less_accurate(grad, expected, truth(logits, target, None, grad_output, reduction="sum"))
 
 
 @REDUCED
@@ -181,3 +204,35 @@ def test_no_gradient_is_computed_that_nobody_wants():
     with calls:
         cross_entropy(input.detach(), target, weight)
     assert calls.ops == [OPS.cross_entropy.default] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_on_cuda_the_host_learns_no_upstream_gradient(dtype):
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    input, target, weight = make("cuda", dtype)
+    factor = torch.tensor(0.5, device="cuda", dtype=dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with Calls() as calls:
+            cross_entropy(input, target, weight).backward(factor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert calls.ops == [OPS._cross_entropy_with_gradient.default, OPS._cross_entropy_rescale_.default]
+
+
+def test_a_cuda_graph_computes_the_gradient_in_the_backward_pass():
+    """It may run that more than once for one forward pass, with whatever has become of the gradient in between."""
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    input, target, weight = make("cuda", torch.float32)
+    factor = torch.tensor(0.5, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), Calls() as calls:
+        loss = cross_entropy(input, target, weight)
+        (grad,) = torch.autograd.grad(loss, input, factor)
+    assert calls.ops == [OPS.cross_entropy.default, OPS._cross_entropy_backward.default]
+    for value in (0.5, 3.0):
+        factor.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(grad, truth(input, target, weight, factor).float())

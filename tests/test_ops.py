@@ -1,8 +1,11 @@
 """What holds of every op: it has samples here, and passes torch's own checks of custom ops on them."""
 
+import itertools
+
 import pytest
 import torch
-from conftest import DIFFERENTIABLE
+from conftest import DIFFERENTIABLE, assert_same_bits, why_no_cuda
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import torch_mlp
 
@@ -42,18 +45,27 @@ def cross_entropy_samples(device):
                 yield input, target, None if weight is None else weight.to(input), reduction, -100, smoothing
 
 
-def cross_entropy_with_gradient_samples(device):
-    if device != "cpu":
-        pytest.skip("on CUDA the backward pass computes the gradient, there is no such kernel")
-    return cross_entropy_samples(device)
-
-
 def cross_entropy_backward_samples(device):
     for input, target, weight, reduction, ignore_index, smoothing in cross_entropy_samples(device):
         options = reduction, ignore_index, smoothing
         loss, lse, total_weight = torch.ops.torch_mlp.cross_entropy(input, target, weight, *options)
         for grad_lse in (None, torch.randn_like(lse[0])):
             yield torch.randn_like(loss), grad_lse, input, target, weight, lse, total_weight, *options
+
+
+def cross_entropy_rescale_samples(device):
+    if device == "cpu":
+        pytest.skip("on the CPU the gradient is multiplied, there is no such kernel")
+    return _cross_entropy_rescale_samples(device)
+
+
+def _cross_entropy_rescale_samples(device):
+    for input, target, weight, reduction, ignore_index, smoothing in cross_entropy_samples(device):
+        options = reduction, ignore_index, smoothing
+        if reduction != "none":
+            loss, *saved, gradient = torch.ops.torch_mlp._cross_entropy_with_gradient(input, target, weight, *options)
+            for grad_output in (torch.ones_like(loss), torch.randn_like(loss)):
+                yield gradient, grad_output, input, target, weight, *saved, *options
 
 
 def cross_entropy_probabilities_samples(device):
@@ -148,8 +160,9 @@ SAMPLES = {
     "linear_act": linear_act_samples,
     "_linear_act_backward": linear_act_backward_samples,
     "cross_entropy": cross_entropy_samples,
-    "_cross_entropy_with_gradient": cross_entropy_with_gradient_samples,
+    "_cross_entropy_with_gradient": cross_entropy_samples,
     "_cross_entropy_backward": cross_entropy_backward_samples,
+    "_cross_entropy_rescale_": cross_entropy_rescale_samples,
     "cross_entropy_probabilities": cross_entropy_probabilities_samples,
     "_cross_entropy_probabilities_backward": cross_entropy_probabilities_backward_samples,
     "linear_cross_entropy": linear_cross_entropy_samples,
@@ -195,17 +208,71 @@ def test_a_tensor_on_meta_among_others(device, name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_kernels_are_registered(name):
-    has_cuda_kernel = torch_mlp.ops.has_cuda_kernels() and name != "_cross_entropy_with_gradient"
-    keys = ["CPU"] + ["CUDA"] * has_cuda_kernel
+    keys = ["CPU"] * (name != "_cross_entropy_rescale_") + ["CUDA"] * torch_mlp.ops.has_cuda_kernels()
     for key in keys:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mlp::{name}", key)
+
+
+def results_of(op, sample):
+    """What the op returns or, of one that returns nothing, what it has changed."""
+    results = op(*sample)
+    if results is None:
+        return [sample[0].clone()]
+    return [results] if isinstance(results, torch.Tensor) else list(results)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_two_calls_give_the_same_bits(device, name):
     op = getattr(torch.ops.torch_mlp, name).default
     for sample in SAMPLES[name](device):
-        first, second = op(*sample), op(*sample)
-        pairs = [(first, second)] if isinstance(first, torch.Tensor) else zip(first, second, strict=True)
-        for one, two in pairs:
-            assert torch.equal(one, two)
+        assert_same_bits(results_of(op, sample), results_of(op, sample))
+
+
+@pytest.fixture
+def op_on_cuda(name):
+    if reason := why_no_cuda():
+        pytest.skip(reason)
+    return getattr(torch.ops.torch_mlp, name).default
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_on_cuda_the_host_waits_for_nothing(op_on_cuda, name):
+    for sample in list(SAMPLES[name]("cuda")):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            op_on_cuda(*sample)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_cuda_graph_holds_the_op(op_on_cuda, name):
+    for sample in SAMPLES[name]("cuda"):
+        expected = results_of(op_on_cuda, sample)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = results_of(op_on_cuda, sample)
+        for result in results:
+            result.zero_()
+        graph.replay()
+        assert_same_bits(expected, results)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_cuda_ops_wait_for_the_current_stream(op_on_cuda, name):
+    """Whose arguments come late: zeros are there before."""
+    stream = torch.cuda.Stream()
+    for sample in itertools.islice(SAMPLES[name]("cuda"), 12):
+        expected = results_of(op_on_cuda, sample)
+        values, structure = tree_flatten(sample)
+        is_late = [isinstance(value, torch.Tensor) and value.is_cuda for value in values]
+        late = [torch.zeros_like(value) if of_cuda else value for value, of_cuda in zip(values, is_late, strict=True)]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(4_000_000)  # cycles
+            for value, argument, of_cuda in zip(values, late, is_late, strict=True):
+                if of_cuda:
+                    argument.copy_(value)
+            results = results_of(op_on_cuda, tree_unflatten(late, structure))
+        torch.cuda.synchronize()
+        assert_same_bits(expected, results)
