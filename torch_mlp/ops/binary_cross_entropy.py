@@ -175,7 +175,10 @@ def add_l2_penalty(loss: Tensor, linear_weight: Tensor, weight_decay: float) -> 
     if not weight_decay:
         return loss
     dtype = torch.float64 if linear_weight.dtype == torch.float64 else torch.float32
-    return (loss + weight_decay / 2 * linear_weight.to(dtype).square().sum()).to(loss.dtype)
+    total = loss + weight_decay / 2 * linear_weight.to(dtype).square().sum()
+    # Not .to alone, which returns total itself where there is nothing to do: of what is returned so from the forward
+    # pass of an autograd.Function, torch.compile of torch 2.11 takes the gradient to be 0.
+    return total if total.dtype == loss.dtype else total.to(loss.dtype)
 
 
 class LinearBinaryCrossEntropy(torch.autograd.Function):
