@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import DIFFERENTIABLE, EAGER
+from conftest import DIFFERENTIABLE, EAGER, assert_no_less_accurate
 
 from torch_mlp.functional import ACTIVATIONS
 from torch_mlp.nn import LinearAct, LinearSigmoid
@@ -39,17 +39,20 @@ def test_module_is_linear_and_activation(device, activation, bias, dtype):
     layer = LinearAct(5, 4, bias, device, dtype, activation)
     stock = torch.nn.Linear(5, 4, bias, device, dtype)
     stock.load_state_dict(layer.state_dict())
+    exact = torch.nn.Linear(5, 4, bias, device, torch.float64)
+    exact.load_state_dict(layer.state_dict())
     input = torch.randn(2, 3, 5, device=device, dtype=dtype)
-    expected = EAGER[activation](stock(input))
-    grad_output = torch.randn_like(expected)
-    output = layer(input)
-    torch.testing.assert_close(output, expected)
+    outputs = [layer(input), EAGER[activation](stock(input)), EAGER[activation](exact(input.double()))]
+    torch.testing.assert_close(*outputs[:2])
     if activation not in DIFFERENTIABLE:
         return
-    ours = torch.autograd.grad(output, list(layer.parameters()), grad_output)
-    theirs = torch.autograd.grad(expected, list(stock.parameters()), grad_output)
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their)
+    grad_output = torch.randn_like(input[..., :4])
+    grads = [
+        torch.autograd.grad(output, list(module.parameters()), grad_output.to(output.dtype))
+        for output, module in zip(outputs, (layer, stock, exact), strict=True)
+    ]
+    for our, their, truth in zip(*grads, strict=True):
+        assert_no_less_accurate(our, their, truth)
 
 
 def test_state_dicts_move_both_ways_with_a_stock_sequential():

@@ -96,12 +96,22 @@ def test_in_a_process_of_its_own(device, tmp_path):
     assert "torch_mlp" in finished.stderr
 
 
+LOAD_PACKAGE = """
+import sys, torch, torch_mlp
+folder = sys.argv[1]
+compiled = torch._inductor.aoti_load_package(folder + "/package.pt2")
+results = [compiled(*arguments) for arguments in torch.load(folder + "/arguments.pt")]
+torch.save(results, folder + "/results.pt")
+"""
+
+
 def test_aot_inductor_package(device, tmp_path):
     """Every layer compiled ahead of time to a shared library, loaded, and run for another batch size."""
     model = Everything().to(device)
     program = exported(model, everything(device, 7), (0, 1))
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model_package.pt2"))
-    compiled = torch._inductor.aoti_load_package(package)
-    for batch in (9, 64):
-        arguments = everything(device, batch)
-        torch.testing.assert_close(compiled(*arguments), model(*arguments))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    batches = [everything(device, batch) for batch in (9, 64)]
+    torch.save(batches, tmp_path / "arguments.pt")
+    subprocess.run([sys.executable, "-c", LOAD_PACKAGE, str(tmp_path)], check=True)
+    for result, arguments in zip(torch.load(tmp_path / "results.pt"), batches, strict=True):
+        torch.testing.assert_close(result, model(*arguments))

@@ -26,4 +26,4 @@ def _(
     shift: float,
     bfloat16: bool,
 ) -> Tensor:
-    return lr.new_empty(lr.shape)
+    return images.new_empty(lr.shape, dtype=torch.float64)  # lr is on the CPU
