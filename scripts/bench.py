@@ -325,8 +325,8 @@ def main() -> None:
         choices=("linear", "cross_entropy", "binary_cross_entropy", "linear_cross_entropy", "all", "train"),
         nargs="?",
         default="all",
-        help="linear_cross_entropy: the loss of a linear layer, with memory; train: a whole epoch; both not among all on the "
-        "CPU",
+        help="linear_cross_entropy: the loss of a linear layer, with memory; train: a whole epoch; both not among all "
+        "on the CPU",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads, in turn")
     parser.add_argument(

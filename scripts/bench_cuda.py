@@ -187,17 +187,22 @@ def run(options: argparse.Namespace) -> list[Row]:
         limits["liger"] = liger_cross_entropy  # writes its gradient over the logits, which changes no time
     except ImportError:
         print("Liger-Kernel: left out, not installed")
+    if "chunked" not in bench_linear_cross_entropy.peers():
+        print("torch's linear_cross_entropy in chunks: left out, this torch has none")
     rows = [{"op": "ceilings"} | {name: value for name, value in limits.items() if name != "liger"}]
-    for op, shape, dtype, measure in plan(options, limits):
-        torch.manual_seed(0)
-        torch.compiler.reset()
-        row: Row = {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
-        try:
-            row |= measure()
-        except Exception as error:
-            row["error"] = brief(error)
-        rows.append(row)
-        print(line(row), flush=True)
-        torch.cuda.empty_cache()
+    try:
+        for op, shape, dtype, measure in plan(options, limits):
+            torch.manual_seed(0)
+            torch.compiler.reset()
+            row: Row = {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+            try:
+                row |= measure()
+            except Exception as error:
+                row["error"] = brief(error)
+            rows.append(row)
+            print(line(row), flush=True)
+            torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print("bench: stopped; what was measured is kept")
     print(f"{time.monotonic() - start:.0f} s")
     return rows

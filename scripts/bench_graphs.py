@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 DEVICE = "cuda"
-COMPILE_MODE, COMPILE_SECONDS = "max-autotune-no-cudagraphs", 50.0  # once so long is spent, default mode
+COMPILE_MODE, COMPILE_SECONDS = "max-autotune-no-cudagraphs", 40.0  # once so long is spent, default mode
 Row = dict[str, Any]
 Planned = tuple[str, str, torch.dtype, Callable[[], Row]]  # op, shape, dtype, measurement
 Step = Callable[..., Any]
