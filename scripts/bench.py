@@ -28,6 +28,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # numpy's, which would spin into the turn of whoever comes next
 
+import bench_cuda
 import bench_linear_cross_entropy
 import bench_train
 import torch
@@ -45,9 +46,6 @@ QUICK_LINEAR = ((1, 784, 512), (64, 784, 128), (64, 784, 512), (128, 512, 512), 
 QUICK_LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000))
 BFLOAT16_LAYERS = ((512, 512), (1024, 1024))
 MULTIPLY_ADDS_OF_EXP = 10  # whose time one takes in a loop of nothing else, of which 9 are its own: csrc/cpu/vector.h
-CUDA_LINEAR = ((64, 784, 512), (256, 1024, 1024), (8192, 1024, 4096), (4096, 4096, 4096))
-CUDA_BINARY_LOGITS = ((64,), (1 << 20,), (1 << 26,))
-CUDA_LOGITS = ((64, 10), (65536, 10), (16384, 1000), (8192, 32000), (4096, 128256))
 
 
 def eager_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -58,9 +56,9 @@ def eager_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
 class Case:
     """One row of a table: an op, its inputs and what it is measured against."""
 
-    def __init__(self, op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
+    def __init__(self, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        options: dict[str, Any] = {"dtype": dtype}
+        self.op, self.shape, self.dtype = op, shape, dtype
         self.ours: Callable
         self.eager: Callable
         if op == "linear":
@@ -74,7 +72,7 @@ class Case:
         elif op == "binary_cross_entropy":
             self.label = f"{shape[0]} logits"
             sizes = [shape]
-            target = torch.randint(2, shape, device=device)
+            target = torch.randint(2, shape)
             targets = {to: target.to(to) for to in (torch.float64, dtype)}
             self.grad_output = torch.ones((), **options)
             self.exponentials, self.copies = 3, 2.5  # logits and targets are read twice, the gradient is written once
@@ -85,7 +83,7 @@ class Case:
             batch, classes = shape
             self.label = f"{batch} x {classes}"
             sizes = [(batch, classes)]
-            target = torch.randint(classes, (batch,), device=device)
+            target = torch.randint(classes, (batch,))
             self.grad_output = torch.ones((), **options)
             self.exponentials, self.copies = 1, 1  # the logits are read once, the gradient is written once
             self.ours = lambda input: functional.cross_entropy(input, target)
@@ -108,7 +106,7 @@ class Case:
     def cross_entropy_ops(self, target: torch.Tensor) -> None:
         """Forward and backward without autograd."""
         options = (target, None, "mean", -100, 0.0)
-        if self.device == "cpu" and self.dtype == torch.float32:
+        if self.dtype == torch.float32:
             torch.ops.torch_mlp._cross_entropy_with_gradient.default(*self.inputs, *options)
             return
         _, lse, total_weight = torch.ops.torch_mlp.cross_entropy.default(*self.inputs, *options)
@@ -147,17 +145,16 @@ class Case:
             steps["ours scaled"] = forward_backward(self.ours, inputs, torch.full_like(grad_output, 0.7))
         steps["ours forward"] = forward(self.ours, inputs)
         steps["eager forward"] = forward(self.eager, inputs)
-        if self.device == "cpu":
-            steps["peak"] = multiply_adds
-            if self.op != "linear":
-                source = torch.empty(self.inputs[0].shape, dtype=self.dtype)
-                target = torch.zeros_like(source)
-                steps["copy"] = lambda: target.copy_(source)
-            elif self.dtype == torch.float32:
-                steps["work"] = self.work_at_peak
-            elif self.dtype == torch.bfloat16:
-                floats = Case(self.op, self.shape, torch.float32, self.device)
-                steps["ours float32"] = forward_backward(self.ours, floats.inputs, floats.grad_output)
+        steps["peak"] = multiply_adds
+        if self.op != "linear":
+            source = torch.empty(self.inputs[0].shape, dtype=self.dtype)
+            target = torch.zeros_like(source)
+            steps["copy"] = lambda: target.copy_(source)
+        elif self.dtype == torch.float32:
+            steps["work"] = self.work_at_peak
+        elif self.dtype == torch.bfloat16:
+            floats = Case(self.op, self.shape, torch.float32)
+            steps["ours float32"] = forward_backward(self.ours, floats.inputs, floats.grad_output)
         return steps
 
     def measure(self, turns: int, seconds: float, with_compile: bool) -> dict[str, Any]:
@@ -179,22 +176,21 @@ class Case:
             row["ratio scaled"] = best_peer / times["ours scaled"]
         if "ours float32" in times:
             row["float32 over ours"] = times["ours float32"] / times["ours"]
-        if "peak" in times:
-            peak = multiply_adds() / times["peak"]
-            row["gflops"] = 1e-9 * peak
-            if self.op == "linear":
-                floor = 3 * self.work / peak
-                row["forward of peak"] = self.work / times["ours forward"] / peak
-                row["eager forward of peak"] = self.work / times["eager forward"] / peak
-            else:
-                # A copy reads and writes.
-                exponentials = self.exponentials * self.inputs[0].numel() * 2 * MULTIPLY_ADDS_OF_EXP / peak
-                floor = max(self.copies * times["copy"], exponentials)
-            row["of peak"] = floor / times["ours"]
-            if self.op != "linear" or self.dtype == torch.float32:  # the peak of bfloat16 products is another
-                # New memory of over 32 MiB may cost the ops alone more than ours.
-                row["limit"] = best_peer / (max(0.0, times["ours"] - times["ops"]) + floor)
-        if self.dtype == torch.float32 and self.device == "cpu":
+        peak = multiply_adds() / times["peak"]
+        row["gflops"] = 1e-9 * peak
+        if self.op == "linear":
+            floor = 3 * self.work / peak
+            row["forward of peak"] = self.work / times["ours forward"] / peak
+            row["eager forward of peak"] = self.work / times["eager forward"] / peak
+        else:
+            # A copy reads and writes.
+            exponentials = self.exponentials * self.inputs[0].numel() * 2 * MULTIPLY_ADDS_OF_EXP / peak
+            floor = max(self.copies * times["copy"], exponentials)
+        row["of peak"] = floor / times["ours"]
+        if self.op != "linear" or self.dtype == torch.float32:  # the peak of bfloat16 products is another
+            # New memory of over 32 MiB may cost the ops alone more than ours.
+            row["limit"] = best_peer / (max(0.0, times["ours"] - times["ops"]) + floor)
+        if self.dtype == torch.float32:
             row["error"] = error_ratio(self.ours, self.eager, self.inputs, self.grad_output)
         return row
 
@@ -203,14 +199,11 @@ def plan(arguments: argparse.Namespace, dtype: str) -> list[tuple[str, tuple[int
     """Op, shape and dtype of every row."""
     linear: list[tuple[int, ...]] = [(batch, *layer) for layer in LAYERS for batch in BATCHES]
     logits: list[tuple[int, ...]] = list(LOGITS)
-    binary: list[tuple[int, ...]] = list(BINARY_LOGITS)
-    if arguments.device == "cuda":
-        linear, logits, binary = list(CUDA_LINEAR), list(CUDA_LOGITS), list(CUDA_BINARY_LOGITS)
-    elif arguments.quick:
+    if arguments.quick:
         linear, logits = list(QUICK_LINEAR), list(QUICK_LOGITS)
     elif dtype == "bfloat16":
         linear = [(batch, *layer) for layer in BFLOAT16_LAYERS for batch in BATCHES if batch >= 64]
-    shapes = {"linear": linear, "cross_entropy": logits, "binary_cross_entropy": binary}
+    shapes = {"linear": linear, "cross_entropy": logits, "binary_cross_entropy": list(BINARY_LOGITS)}
     return [(op, shape, dtype) for op in shapes if arguments.op in (op, "all") for shape in shapes[op]]
 
 
@@ -318,10 +311,10 @@ def describe() -> str:
     )
 
 
-def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+def write(path: Path | None, rows: list[dict[str, Any]], machine: str = "") -> None:
     """All rows, if asked for."""
     if path:
-        path.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine or describe(), "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -332,13 +325,14 @@ def main() -> None:
         choices=("linear", "cross_entropy", "binary_cross_entropy", "linear_cross_entropy", "all", "train"),
         nargs="?",
         default="all",
-        help="linear_cross_entropy: the loss of a linear layer, with memory; train: a whole epoch; both not among all",
+        help="linear_cross_entropy: the loss of a linear layer, with memory; train: a whole epoch; both not among all "
+        "on the CPU",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads, in turn")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "both"), default="both", help="both: bfloat16 on a few shapes only"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: see bench_cuda.py")
     parser.add_argument("--quick", action="store_true", help="a few shapes, float32, one thread: under two minutes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--turns", type=int, default=9, help="how often each is measured")
@@ -347,10 +341,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all ratios, as PNG or PDF")
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        if arguments.plot:
+            parser.error("--plot draws CPU rows only")
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU")
+        machine = bench_cuda.describe()
+        print(machine, flush=True)
+        write(arguments.json, bench_cuda.run(arguments), machine)
+        return
     dtypes = {"float32": ["float32"], "bfloat16": ["bfloat16"], "both": ["float32", "bfloat16"]}[arguments.dtype]
     if arguments.quick:
         dtypes, arguments.threads = dtypes[:1], arguments.threads[:1]
-    if "bfloat16" in dtypes and arguments.device == "cpu":
+    if "bfloat16" in dtypes:
         check_bfloat16()
     print(describe())
     if arguments.op == "train":
@@ -380,7 +383,7 @@ def main() -> None:
                     tqdm.write(f"{op}, {dtype}, {threads} thread(s), forward + backward\n{HEADER}")
                 torch.set_num_threads(threads)
                 torch.manual_seed(0)
-                case = Case(op, shape, getattr(torch, dtype), arguments.device)
+                case = Case(op, shape, getattr(torch, dtype))
                 table.append(case.measure(arguments.turns, arguments.seconds, not arguments.no_compile))
                 tqdm.write(line(table[-1]))
                 progress.update()
