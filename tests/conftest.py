@@ -73,8 +73,8 @@ def _fresh_compiler() -> None:
 def assert_no_less_accurate(ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> None:
     """Our root mean square error against float64 truth is at most 1.5 times that of eager torch.
 
-    A tenth of a unit in the last place is allowed in any case: below that the comparison is one of luck, as it is of few
-    elements, for which there is more. In float64 the truth has errors of its own, and 128 units are allowed.
+    A tenth of a unit in the last place is allowed in any case: below that the comparison is one of luck, as it is of
+    few elements, for which there is more. In float64 the truth has errors of its own, and 128 units are allowed.
     """
     assert ours.dtype == eager.dtype
     assert ours.shape == eager.shape == truth.shape

@@ -9,13 +9,13 @@
 // whose target is ignore_index have loss 0 and gradient 0, whatever they hold.
 // lse is kept as m and s, for m + log(s) would lose the digits of log(s) when the logits are large: exp(x - m) / s is
 // as exact for logits near 10,000 as for logits near 0.
-// Where the loss is reduced and to be differentiated, the gradient for an upstream gradient of 1 comes with the loss, of
-// rows that are still in the cache; _cross_entropy_rescale_ then has nothing to do if it is 1, which the device decides.
-// Fused: softmax and loss in one sweep over a row, with a running maximum and a sum that is rescaled when the maximum
-// grows (Milakov and Gimelshein, 2018, arXiv:1805.02867); label smoothing reads the row once more, from cache; the
-// gradient in one sweep, p never stored. Nothing goes back to the host: the backward pass reads total_weight where it
-// is. lse is a result of its own, whose gradient h adds h_i p_c.
-// The work, and how it is threaded, is in cross_entropy_rows.cuh.
+// Where the loss is reduced and to be differentiated, the gradient for an upstream gradient of 1 comes with the loss,
+// of rows that are still in the cache; _cross_entropy_rescale_ then has nothing to do if it is 1, which the device
+// decides. Fused: softmax and loss in one sweep over a row, with a running maximum and a sum that is rescaled when the
+// maximum grows (Milakov and Gimelshein, 2018, arXiv:1805.02867); label smoothing reads the row once more, from cache;
+// the gradient in one sweep, p never stored. Nothing goes back to the host: the backward pass reads total_weight where
+// it is. lse is a result of its own, whose gradient h adds h_i p_c. The work, and how it is threaded, is in
+// cross_entropy_rows.cuh.
 #include "../cross_entropy.h"
 
 #include "cross_entropy_rows.cuh"
@@ -105,9 +105,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_cuda(const Tensor& input, const
   return {loss, lse, total_weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient_cuda(
-    const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, const std::string& reduction,
-    int64_t ignore_index, double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_with_gradient_cuda(const Tensor& input, const Tensor& target,
+                                                                            const std::optional<Tensor>& weight,
+                                                                            const std::string& reduction,
+                                                                            int64_t ignore_index,
+                                                                            double label_smoothing) {
   return forward("_cross_entropy_with_gradient", input, target, weight, reduction, ignore_index, label_smoothing, true);
 }
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) weight_sum_kernel(const scalar_t* __
 // unless that is null. weight_sum is null where no class weights are given, or no smoothing needs their sum. phase is
 // that of input, grad_phase that of both, negative where they differ.
 template <int lanes, bool with_gradient, typename scalar_t, typename loss_t>
-__global__ void __launch_bounds__(block_threads(lanes), kMinBlocks<scalar_t> * kThreads / block_threads(lanes))
+__global__ void __launch_bounds__(block_threads(lanes), kMinBlocks<scalar_t>* kThreads / block_threads(lanes))
     cross_entropy_kernel(const scalar_t* __restrict__ input, int phase, const int64_t* __restrict__ target,
                          const scalar_t* __restrict__ weight, const double* __restrict__ weight_sum,
                          loss_t* __restrict__ loss, compute_t<scalar_t>* __restrict__ maxima,

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <limits>
 #include <type_traits>
 
@@ -105,13 +104,6 @@ constexpr int64_t kWideBlockRowBytes = 96 << 10;
 template <typename scalar_t, int few, typename Body>
 void dispatch_lanes_of_cached_rows(int64_t classes, const Body& body) {
   const int64_t bytes = classes * int64_t(sizeof(scalar_t));
-  if constexpr (sizeof(scalar_t) < 8) {
-    if (const char* t = getenv("CE_T"); t && classes > kWarpClasses) {
-      if (t[0] == '1') return body(std::integral_constant<int, kThreads>{});
-      if (t[0] == '2') return body(std::integral_constant<int, 2 * kThreads>{});
-      return body(std::integral_constant<int, 4 * kThreads>{});
-    }
-  }
   if (bytes <= kBlockRowBytes) {
     dispatch_lanes<few>(classes, body);
   } else if constexpr (sizeof(scalar_t) == sizeof(double)) {

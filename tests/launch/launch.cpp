@@ -155,6 +155,29 @@ void check_lanes() {
   }
 }
 
+// Rows that are visited twice: the longer, the more threads, and so the fewer rows at once.
+template <typename scalar_t>
+void check_lanes_of_cached_rows() {
+  int most = 0;
+  for (const int64_t classes : kSizes) {
+    int calls = 0, lanes = 0, lanes_of_one_visit = 0;
+    dispatch_lanes<kFewLanes>(classes, [&](auto of_row) { lanes_of_one_visit = of_row.value; });
+    dispatch_lanes_of_cached_rows<scalar_t, kFewLanes>(classes, [&](auto of_row) {
+      ++calls;
+      lanes = of_row.value;
+    });
+    const int threads = block_threads(lanes);
+    EXPECT(calls == 1 && threads % lanes == 0 && threads % kThreads == 0 && threads <= kMaxBlock, classes, lanes);
+    // The partial sums are those of sum_blocks_of: a block either has kThreads or takes one row.
+    EXPECT(lanes == lanes_of_one_visit || (lanes == threads && lanes_of_one_visit == kThreads), classes, lanes);
+    const int64_t bytes = classes * int64_t(sizeof(scalar_t));
+    EXPECT(bytes > kBlockRowBytes || lanes == lanes_of_one_visit, classes, lanes);
+    EXPECT(sizeof(scalar_t) == sizeof(double) || bytes <= kWideBlockRowBytes || lanes == kMaxBlock, classes, lanes);
+    EXPECT(lanes >= most, classes, lanes, most);
+    most = lanes;
+  }
+}
+
 void check_sum_blocks() {
   for (const int64_t classes : kSizes) {
     int64_t lanes = 0;
@@ -286,6 +309,9 @@ int main() {
   check_packs<double>();
   check_lanes<kFewLanes>();
   check_lanes<kWarpThreads>();
+  check_lanes_of_cached_rows<double>();
+  check_lanes_of_cached_rows<float>();
+  check_lanes_of_cached_rows<uint16_t>();
   check_sum_blocks();
   check_columns();
   check_chunks();

@@ -10,9 +10,9 @@ logarithm of the sum of exp(x_c), and a result of its own where it is asked for:
 Recognition and Machine Learning, 2006, section 4.3.4; label smoothing: Szegedy et al., 2015, arXiv:1512.00567.)
 
 Where exponentials and memory are what takes the time, a reduced loss that is to be differentiated comes with its
-gradient, for an upstream gradient of 1. If another one comes in, the backward pass multiplies by it on the CPU; on CUDA,
-where the host does not know it, a kernel looks and then computes the gradient anew in its place. Otherwise, and where a
-gradient comes in for lse too, the backward op computes the softmax again.
+gradient, for an upstream gradient of 1. If another one comes in, the backward pass multiplies by it on the CPU; on
+CUDA, where the host does not know it, a kernel looks and then computes the gradient anew in its place. Otherwise, and
+where a gradient comes in for lse too, the backward op computes the softmax again.
 """
 
 import math
