@@ -4,7 +4,9 @@ The sources of csrc/cuda are translated, launches become calls, and compiled as 
 results have to be those of the CPU kernels. Speed, races, and what nvcc makes of the code are not tested here.
 """
 
+import os
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,10 +62,22 @@ def translated(text):
     return text.replace("STABLE_TORCH_LIBRARY_IMPL(torch_mlp, CUDA", f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU")
 
 
+def toolkit_headers():
+    """The folder of cuda_runtime.h, by nvcc itself: that on PATH may be a wrapper whose folder is not the toolkit's."""
+    nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.environ['PATH']}")
+    if nvcc is None:
+        return None
+    command = [nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]
+    top = re.search(r"^#\$ TOP=(.+)$", subprocess.run(command, capture_output=True, text=True).stderr, re.MULTILINE)
+    folder = Path(top[1], "include") if top else None
+    return folder if folder and (folder / "cuda_runtime.h").exists() else None
+
+
 @pytest.fixture(scope="session")
 def emulated(compiler, tmp_path_factory):
     """The ops that were translated."""
-    if torch.version.cuda is None or cpp_extension.CUDA_HOME is None:
+    toolkit = toolkit_headers()
+    if torch.version.cuda is None or toolkit is None:
         pytest.skip("needs a CUDA toolkit and a CUDA build of torch, whose headers the kernels include; no GPU")
     folder = tmp_path_factory.mktemp("emulated")
     for path in SOURCES.rglob("*"):
@@ -78,7 +92,8 @@ def emulated(compiler, tmp_path_factory):
     flags += [
         "-DTORCH_MLP_WITH_CUDA",
         "-DUSE_CUDA",
-        *(f"-isystem{path}" for path in cpp_extension.include_paths("cuda")),
+        f"-isystem{toolkit}",
+        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
     ]
 
     def compiled(source):
