@@ -185,6 +185,15 @@ def test_opcheck(device, name):
         assert set(results.values()) == {"SUCCESS"}
 
 
+def test_losses_of_the_fake_epoch_are_on_the_device_of_the_images():
+    """On CUDA too, where lr is on the CPU: meta stands for it here."""
+    for sample in train_epoch_samples("meta"):
+        lr, losses = sample[8], torch.ops.torch_mlp._train_epoch(*sample)
+        assert lr.device.type == "cpu"
+        assert losses.device.type == "meta"
+        assert (losses.dtype, losses.shape) == (torch.float64, lr.shape)
+
+
 def with_one_on_meta(sample):
     """The sample with each of its tensors in turn, and each tensor of its lists, on meta."""
     for place, arg in enumerate(sample):
