@@ -112,6 +112,7 @@ def test_aot_inductor_package(device, tmp_path):
     torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
     batches = [everything(device, batch) for batch in (9, 64)]
     torch.save(batches, tmp_path / "arguments.pt")
-    subprocess.run([sys.executable, "-c", LOAD_PACKAGE, str(tmp_path)], check=True)
+    # A crash, as torch 2.11 once had on CUDA while it loaded the package, is a failure that tells where.
+    subprocess.run([sys.executable, "-X", "faulthandler", "-c", LOAD_PACKAGE, str(tmp_path)], check=True)
     for result, arguments in zip(torch.load(tmp_path / "results.pt"), batches, strict=True):
         torch.testing.assert_close(result, model(*arguments))
