@@ -21,7 +21,7 @@ if command -v compute-sanitizer > /dev/null; then
   declare -A pids
   for tool in memcheck racecheck initcheck synccheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits or any_upstream)' "${sanitized[@]}" \
+      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits or as_many)' "${sanitized[@]}" \
       > "build/compute-sanitizer-$tool.log" 2>&1 &
     pids[$tool]=$!
   done

@@ -88,13 +88,9 @@ def emulated(compiler, tmp_path_factory):
             if path.parent.name == "cuda" and path.name != "launch.h":
                 text = translated(text)
             target.write_text(text.replace("STABLE_TORCH_LIBRARY(torch_mlp,", f"STABLE_TORCH_LIBRARY({NAMESPACE},"))
-    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags += [
-        "-DTORCH_MLP_WITH_CUDA",
-        "-DUSE_CUDA",
-        f"-isystem{toolkit}",
-        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-    ]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_MLP_WITH_CUDA", "-DUSE_CUDA"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-isystem{path}" for path in (toolkit, *cpp_extension.include_paths())]
 
     def compiled(source):
         command = [compiler, *flags, "-x", "c++", "-c", source, "-o", source.with_suffix(".o")]
@@ -114,8 +110,8 @@ def emulated(compiler, tmp_path_factory):
 def assert_close(emulated_results, expected_results, is_rounded=False):
     """is_rounded: to 16 bits on the way."""
     for ours, expected in zip(emulated_results, expected_results, strict=True):
-        is_rounded = is_rounded or expected.dtype in (torch.bfloat16, torch.float16)
-        options = {"rtol": 0.02, "atol": 0.01} if is_rounded else {}
+        is_coarse = is_rounded or expected.dtype in (torch.bfloat16, torch.float16)
+        options = {"rtol": 0.02, "atol": 0.01} if is_coarse else {}
         torch.testing.assert_close(ours, expected, equal_nan=True, **options)
 
 

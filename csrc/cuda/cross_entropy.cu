@@ -9,13 +9,13 @@
 // whose target is ignore_index have loss 0 and gradient 0, whatever they hold.
 // lse is kept as m and s, for m + log(s) would lose the digits of log(s) when the logits are large: exp(x - m) / s is
 // as exact for logits near 10,000 as for logits near 0.
-// Where the loss is reduced and to be differentiated, the gradient for an upstream gradient of 1 comes with the loss,
-// of rows that are still in the cache; _cross_entropy_rescale_ then has nothing to do if it is 1, which the device
-// decides. Fused: softmax and loss in one sweep over a row, with a running maximum and a sum that is rescaled when the
-// maximum grows (Milakov and Gimelshein, 2018, arXiv:1805.02867); label smoothing reads the row once more, from cache;
-// the gradient in one sweep, p never stored. Nothing goes back to the host: the backward pass reads total_weight where
-// it is. lse is a result of its own, whose gradient h adds h_i p_c. The work, and how it is threaded, is in
-// cross_entropy_rows.cuh.
+// Fused: softmax and loss in one sweep over a row, with a running maximum and a sum that is rescaled when the maximum
+// grows (Milakov and Gimelshein, 2018, arXiv:1805.02867); label smoothing reads the row once more, from cache; the
+// gradient in one sweep, p never stored. Nothing goes back to the host: the backward pass reads total_weight where it
+// is. lse is a result of its own, whose gradient h adds h_i p_c.
+// _cross_entropy_with_gradient computes the gradient for an upstream gradient of 1 with the loss, of rows that are
+// still in the cache. _cross_entropy_rescale_ then has nothing to do if it is 1, which the device decides.
+// The work, and how it is threaded, is in cross_entropy_rows.cuh.
 #include "../cross_entropy.h"
 
 #include "cross_entropy_rows.cuh"
@@ -56,9 +56,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, const Tensor&
     const Tensor partials = empty({blocks, 2}, ScalarType::Double, input);
     cross_entropy_rows(x.const_data_ptr<scalar_t>(), y.const_data_ptr<int64_t>(), data_of<scalar_t>(w),
                        data_of<double>(weight_sum), is_none ? losses : nullptr, maximum, maximum + rows,
-                       data_of<compute>(divisor), with_gradient ? grad_input.mutable_data_ptr<scalar_t>() : nullptr,
                        partials.mutable_data_ptr<double>(), blocks, rows, classes,
-                       options_of(ignore_index, label_smoothing, classes), stream);
+                       options_of(ignore_index, label_smoothing, classes), stream, data_of<compute>(divisor),
+                       with_gradient ? grad_input.mutable_data_ptr<scalar_t>() : nullptr);
     sum_losses(partials, is_none ? nullptr : losses, total_weight.mutable_data_ptr<compute>(), is_mean, stream);
   });
   return {loss, lse, total_weight, grad_input};

@@ -269,9 +269,9 @@ int common_phase_of(const scalar_t* a, const scalar_t* b) {
 // unless grad_input is null its gradient for a grad_output of 1, over the divisor unless that is null.
 template <typename scalar_t, typename loss_t>
 void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scalar_t* weight, const double* weight_sum,
-                        loss_t* loss, compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum,
-                        const compute_t<scalar_t>* divisor, scalar_t* grad_input, double* partials, unsigned int blocks,
-                        int64_t rows, int64_t classes, const Options& options, cudaStream_t stream) {
+                        loss_t* loss, compute_t<scalar_t>* maximum, compute_t<scalar_t>* sum, double* partials,
+                        unsigned int blocks, int64_t rows, int64_t classes, const Options& options, cudaStream_t stream,
+                        const compute_t<scalar_t>* divisor = nullptr, scalar_t* grad_input = nullptr) {
   const auto launch = [&](auto lanes, auto with_gradient) {
     cross_entropy_kernel<lanes.value, with_gradient.value><<<blocks, block_threads(lanes.value), 0, stream>>>(
         input, phase_of(input), target, weight, weight_sum, loss, maximum, sum, divisor, grad_input,

@@ -224,8 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_
     for_each_chunk(of, chunk_rows, [&](const Tensor& logits, int64_t begin, int64_t end) {
       const scalar_t* z = logits.const_data_ptr<scalar_t>();
       cross_entropy_rows(z, labels + begin, of_class, data_of<double>(weight_sum), is_none ? losses + begin : nullptr,
-                         maximum + begin, sum + begin, static_cast<const compute*>(nullptr),
-                         static_cast<scalar_t*>(nullptr), of_chunk, blocks, end - begin, classes, options, stream);
+                         maximum + begin, sum + begin, of_chunk, blocks, end - begin, classes, options, stream);
       of_chunk += 2 * blocks;
       gradients.add(one, logits, maximum, sum, data_of<double>(weight_sum), options, begin, end);
     });

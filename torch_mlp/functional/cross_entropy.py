@@ -28,9 +28,9 @@ def cross_entropy(
     r"""Softmax cross-entropy of logits and classes: ``torch.nn.functional.cross_entropy`` in one op.
 
     The probabilities are never stored. Softmax and loss are computed in one visit of each row and the gradient in
-    another; on the CPU, in float32 and float64, those of a reduced loss of classes are computed in the same visit, and
-    the gradient is held until the backward pass. Logits of any size are handled, since each row is shifted by its
-    maximum.
+    another. Those of a reduced loss of classes are computed in the same visit on the CPU in float32 and float64, and on
+    CUDA, where there are many logits, in all dtypes but float16; the gradient is then held until the backward pass.
+    Logits of any size are handled, since each row is shifted by its maximum.
 
     Args:
         input: logits.
