@@ -279,7 +279,6 @@ def test_weight_decay_of_no_samples(device):
         ),
         ({"reduction": "avg"}, ValueError, "expected reduction to be one of none, mean, sum, got 'avg'"),
     ],
-    ids=str,
 )
 def test_errors(change, error, sentence):
     good = {"input": torch.randn(7, 5), "linear_weight": torch.randn(4, 5), "target": torch.rand(7, 4)}

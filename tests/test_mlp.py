@@ -212,7 +212,6 @@ def test_layers_of_a_module_that_do_more_are_called():
             "expected weight of the dtype of input, Double, got Float",
         ),
     ],
-    ids=str,
 )
 def test_errors(arguments, error, sentence):
     good = {"input": torch.randn(7, 5), "weights": [torch.randn(4, 5), torch.randn(3, 4)], "biases": [None, None]}

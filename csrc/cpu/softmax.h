@@ -258,36 +258,39 @@ LabelCounts labels(const int64_t* target, int64_t count, int64_t classes, int64_
   return counts;
 }
 
-// The values of at most kLanes rows, with a whole vector's room for each.
-TORCH_MLP_INLINE void losses_of_rows(vec maximum, vec sum, vec at_label, const vec_long* label, float* log_sum,
-                                     vec_double* loss) {
-  const vec log_of_sum = log(sum);
+// The values of kLanes rows.
+TORCH_MLP_INLINE void losses_of_rows(const float* maximum, const float* sum, const float* at_label,
+                                     const int64_t* label, float* log_sum, double* loss) {
+  const vec log_of_sum = log(load(sum));
   store(log_sum, log_of_sum);
   vec_double logs[2], maxima[2], at_labels[2];
   to_double(log_of_sum, logs);
-  to_double(maximum, maxima);
-  to_double(at_label, at_labels);
+  to_double(load(maximum), maxima);
+  to_double(load(at_label), at_labels);
   TORCH_MLP_UNROLL
   for (int half = 0; half < 2; ++half) {
-    loss[half] = label[half] < 0 ? vec_double{} : logs[half] + (maxima[half] - at_labels[half]);
+    vec_long of_label;
+    memcpy(&of_label, label + half * kHalfLanes, sizeof(of_label));
+    const vec_double value = of_label < 0 ? vec_double{} : logs[half] + (maxima[half] - at_labels[half]);
+    memcpy(loss + half * kHalfLanes, &value, sizeof(value));
   }
 }
 
 void losses(const float* maximum, const float* sum, const float* at_label, const int64_t* label, int64_t count,
             float* log_sum, double* loss) {
   const int64_t whole = whole_vectors(count), left = count - whole;
-  vec_long of_label[2];
-  vec_double of_loss[2];
   for (int64_t i = 0; i < whole; i += kLanes) {
-    memcpy(of_label, label + i, sizeof(of_label));
-    losses_of_rows(load(maximum + i), load(sum + i), load(at_label + i), of_label, log_sum + i, of_loss);
-    memcpy(loss + i, of_loss, sizeof(of_loss));
+    losses_of_rows(maximum + i, sum + i, at_label + i, label + i, log_sum + i, loss + i);
   }
   if (left) {
-    float logs[kLanes];
-    memcpy(of_label, label + whole, left * sizeof(int64_t));
-    losses_of_rows(load_part(maximum + whole, left), load_part(sum + whole, left), load_part(at_label + whole, left),
-                   of_label, logs, of_loss);
+    float maxima[kLanes] = {}, sums[kLanes] = {}, at_labels[kLanes] = {}, logs[kLanes];
+    int64_t labels[kLanes] = {};
+    double of_loss[kLanes];
+    memcpy(maxima, maximum + whole, left * sizeof(float));
+    memcpy(sums, sum + whole, left * sizeof(float));
+    memcpy(at_labels, at_label + whole, left * sizeof(float));
+    memcpy(labels, label + whole, left * sizeof(int64_t));
+    losses_of_rows(maxima, sums, at_labels, labels, logs, of_loss);
     memcpy(log_sum + whole, logs, left * sizeof(float));
     memcpy(loss + whole, of_loss, left * sizeof(double));
   }

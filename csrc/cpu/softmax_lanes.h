@@ -157,13 +157,15 @@ TORCH_MLP_INLINE void gradients(const vec* columns, T* grad, int64_t rows, int64
     const vec of_factor = of_rows(terms.numerator) / of_rows(sum), of_at_label = of_rows(terms.at_label);
     const vec of_offset = has_offset ? of_rows(terms.offset) : vec{};
     const vec_int of_label = load_labels(label + i, count);
-    for (int64_t c = 0; c < classes; c += kLanes) {
+    // What a whole vector writes behind the end of its row is overwritten by the rows that follow, if those are enough
+    // and the ends of the rows come before the rest.
+    const bool may_spill = !kStoresPartsAtOnce && (rows - i - kLanes) * classes >= kLanes;
+    const auto some_columns = [&](int64_t c, auto width) {
       const vec* column = columns + i / kLanes * classes + c;
-      const int64_t left = min(classes - c, kLanes);
       vec square[kLanes] = {};
       TORCH_MLP_UNROLL
       for (int l = 0; l < kLanes; ++l) {
-        if (l < left) {
+        if (l < width) {
           const vec of_softmax = of_factor * column[l];
           const vec elsewhere =
               has_offset ? of_softmax - of_offset * (terms.weight ? to_float(terms.weight[c + l]) : 1.0f) : of_softmax;
@@ -173,10 +175,20 @@ TORCH_MLP_INLINE void gradients(const vec* columns, T* grad, int64_t rows, int64
       transpose(square);
       TORCH_MLP_UNROLL
       for (int l = 0; l < kLanes; ++l) {
-        if (is_whole.value || l < count) {
-          store_part(grad + (i + l) * classes + c, square[l], left);
+        T* to = grad + (i + l) * classes + c;
+        if (may_spill) {
+          store(to, square[l]);
+        } else if (is_whole.value || l < count) {
+          store_part(to, square[l], width);
         }
       }
+    };
+    const int64_t whole = whole_vectors(classes);
+    if (whole < classes) {
+      some_columns(whole, classes - whole);
+    }
+    for (int64_t c = 0; c < whole; c += kLanes) {
+      some_columns(c, std::integral_constant<int64_t, kLanes>{});
     }
   });
   if (some_are_negative(label, rows)) {

@@ -57,6 +57,8 @@ TORCH_MLP_INLINE vec load_part(const float* from, int64_t count) {
 #endif
 }
 
+constexpr bool kStoresPartsAtOnce = kLanes == 16;  // else in a loop
+
 TORCH_MLP_INLINE void store_part(float* to, vec value, int64_t count) {
 #if TORCH_MLP_LANES == 16
   _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), (__m512)value);
@@ -242,12 +244,23 @@ using vec_half_int = int32_t __attribute__((vector_size(4 * kHalfLanes)));
 using vec_double = double __attribute__((vector_size(8 * kHalfLanes)));
 using vec_long = int64_t __attribute__((vector_size(8 * kHalfLanes)));
 
+// The compilers convert in quarters what the processor does in halves.
+TORCH_MLP_INLINE vec_double to_double(vec_half value) {
+#if TORCH_MLP_LANES == 16
+  return (vec_double)_mm512_maskz_cvtps_pd(0xff, (__m256)value);
+#elif TORCH_MLP_LANES == 8
+  return (vec_double)_mm256_cvtps_pd((__m128)value);
+#else
+  return __builtin_convertvector(value, vec_double);
+#endif
+}
+
 // The halves of a vector as doubles, and back.
 TORCH_MLP_INLINE void to_double(vec value, vec_double (&halves)[2]) {
   vec_half parts[2];
   memcpy(parts, &value, sizeof(value));
-  halves[0] = __builtin_convertvector(parts[0], vec_double);
-  halves[1] = __builtin_convertvector(parts[1], vec_double);
+  halves[0] = to_double(parts[0]);
+  halves[1] = to_double(parts[1]);
 }
 
 TORCH_MLP_INLINE vec to_float(const vec_double (&halves)[2]) {
@@ -295,8 +308,11 @@ struct DoubleSum {
 
 // The larger of both; b where one is NaN.
 TORCH_MLP_INLINE vec maximum_of(vec a, vec b) {
+  // One instruction, where ?: becomes two.
 #if TORCH_MLP_LANES == 16
-  return (vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // one instruction, where ?: becomes two
+  return (vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif TORCH_MLP_LANES == 8
+  return (vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
@@ -340,16 +356,18 @@ TORCH_MLP_INLINE void for_each(const Step& step) {
 template <int count>
 struct ExpParts {
   vec n[count], r[count], p[count];
+  vec_uint power[count];  // the bits of 2^n, modulo 2^32 where that is no normal float
 };
 
 template <int count>
 TORCH_MLP_INLINE ExpParts<count> split_exp(const vec (&x)[count]) {
   ExpParts<count> parts;
-  auto& [n, r, p] = parts;
-  // Adding 1.5 * 2^23 rounds to an integer. log(2) is subtracted in two parts, of which n times the first is exact
+  auto& [n, r, p, power] = parts;
+  // Adding 1.5 * 2^23 rounds to an integer, and with 127 more its lowest bits are the exponent of 2^n. log(2) is subtracted in two parts, of which n times the first is exact
   // (Cody and Waite, Software Manual for the Elementary Functions, 1980, chapter 6).
-  constexpr float to_integer = 12582912.0f;
+  constexpr float to_integer = 12582912.0f + 127;
   for_each<count>([&](int j) { n[j] = x[j] * 1.44269504f + to_integer; });
+  for_each<count>([&](int j) { power[j] = (vec_uint)n[j] << 23; });
   for_each<count>([&](int j) { n[j] -= to_integer; });
   for_each<count>([&](int j) { r[j] = x[j] - n[j] * 0.693145752f; });
   for_each<count>([&](int j) { r[j] -= n[j] * 1.42860677e-6f; });
@@ -361,27 +379,23 @@ TORCH_MLP_INLINE ExpParts<count> split_exp(const vec (&x)[count]) {
   return parts;
 }
 
-TORCH_MLP_INLINE vec power_of_two(vec_int n) { return (vec)((n + 127) << 23); }
-
-TORCH_MLP_INLINE vec_int to_int(vec n) { return (vec_int)(n + 12582912.0f) - (vec_int)broadcast(12582912.0f); }
-
-TORCH_MLP_INLINE vec scale_by_power_of_two(vec value, vec n) {
+// value 2^n, with the bits of 2^n.
+TORCH_MLP_INLINE vec scale_by_power_of_two(vec value, [[maybe_unused]] vec n, [[maybe_unused]] vec_uint power) {
 #if TORCH_MLP_LANES == 16
   return (vec)_mm512_maskz_scalef_ps(0xffff, (__m512)value, (__m512)n);
 #else
-  const vec_int whole = to_int(n), half = whole >> 1;  // 2^n itself may lie outside the range of float
-  return value * power_of_two(half) * power_of_two(whole - half);
+  return value * (vec)(power + (64u << 23)) * 0x1p-64f;  // 2^n itself may lie below the range of float
 #endif
 }
 
-// exp(x) of each, in its place, for x <= 89, and NaN.
+// exp(x) of each, in its place, for x <= 43, and NaN.
 template <int count>
 TORCH_MLP_INLINE void exp_below_overflow(vec (&x)[count]) {
   for_each<count>([&](int j) { x[j] = maximum_of(broadcast(-104.0f), x[j]); });  // exp(-104) is 0
-  const auto [n, r, p] = split_exp(x);
+  const auto [n, r, p, power] = split_exp(x);
   for_each<count>([&](int j) { x[j] = p[j] * r[j] + 1.0f; });
   for_each<count>([&](int j) { x[j] = x[j] * r[j] + 1.0f; });
-  for_each<count>([&](int j) { x[j] = scale_by_power_of_two(x[j], n[j]); });
+  for_each<count>([&](int j) { x[j] = scale_by_power_of_two(x[j], n[j], power[j]); });
 }
 
 TORCH_MLP_INLINE vec exp_below_overflow(vec x) {
@@ -430,9 +444,9 @@ TORCH_MLP_INLINE vec tanh(vec z) {
   vec x = -2.0f * (vec)((vec_int)z ^ sign);
   x = x < -40.0f ? broadcast(-40.0f) : x;  // there tanh is 1
   const vec one[1] = {x};
-  const auto [n, r, p] = split_exp(one);
-  const vec q = p[0] * (r[0] * r[0]) + r[0];  // exp(r) - 1
-  const vec power = power_of_two(to_int(n[0])), t = power * q + power;
+  const auto parts = split_exp(one);
+  const vec r = parts.r[0], q = parts.p[0] * (r * r) + r;  // exp(r) - 1
+  const vec power = (vec)parts.power[0], t = power * q + power;
   const vec_int is_near = x > -1.1f;
   const vec quotient = (is_near ? -(power * q + (power - 1.0f)) : -2.0f * t) / (1.0f + t);
   return (vec)((vec_int)(quotient + (is_near ? vec{} : broadcast(1.0f))) | sign);
