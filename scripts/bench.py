@@ -45,7 +45,7 @@ BINARY_LOGITS = ((64,), (4096,), (1_000_000,))
 QUICK_LINEAR = ((1, 784, 512), (64, 784, 128), (64, 784, 512), (128, 512, 512), (512, 512, 512), (64, 256, 10))
 QUICK_LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000))
 BFLOAT16_LAYERS = ((512, 512), (1024, 1024))
-MULTIPLY_ADDS_OF_EXP = 10  # whose time one takes in a loop of nothing else, of which 9 are its own: csrc/cpu/vector.h
+MULTIPLY_ADDS_OF_EXP = 10  # whose time one takes in a loop of nothing else, of which 9 are its own: csrc/cpu/exp.h
 
 
 def eager_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

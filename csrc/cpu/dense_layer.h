@@ -114,7 +114,7 @@ class DenseLayer {
     return std::max({product_kernels<bfloat16_pair>().linear_scratch({batch, ins, outs}),
                      table.linear_scratch({batch, ins, outs}),
                      table.product_scratch({batch, ins, outs, {}, false, {}, {}}),
-                     table.product_scratch({outs, ins, batch, {}, false, {}, {}})});
+                     table.product_scratch({outs, ins, batch, {}, true, {}, {}})});
   }
 
   // The columns of the output, which begin at output.

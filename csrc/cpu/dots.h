@@ -2,7 +2,7 @@
 // is packed. A task is kDotTaskRows rows of x and kDotTaskOutputs of W. For level.h.
 #pragma once
 
-#include "vector.h"
+#include "exp.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
 // SGD. For level.h.
 #pragma once
 
-#include "vector.h"
+#include "exp.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {

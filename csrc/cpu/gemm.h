@@ -1,18 +1,17 @@
-// Matrix products of the sizes that multilayer perceptrons have, a tile of the result in registers at a time.
+// Matrix products of the sizes that multilayer perceptrons have, a tile of the result in registers at a time (tiles.h).
 //
-// One tile serves all three products of a linear layer, c (+)= a b with the vectors along a row of b and c and one
-// element of a broadcast to all lanes; a may be read along its rows or down its columns:
+// One tile serves all three products of a linear layer, c (+)= a b; a may be read along its rows or down its columns:
 //
 //   product   grad_input = gz W             b = W, as it lies in memory
 //   product   grad_weight = gz^T x          b = x, as it lies in memory, and a = gz down its columns
-//   linear    y^T = W x^T                   b = x^T: a panel of kTileCols rows of x, transposed, for all rows of W; a
+//   linear    y^T = W x^T                   b = x^T: a panel of kPanelCols rows of x, transposed, for all rows of W; a
 //                                           block of y^T gets bias and activation, and is transposed back, while it is
 //                                           in the first-level cache
 //             y = x W^T                     b = W^T, where W has fewer rows than x: the same without transposing back
 //
-// While the tiles of one panel of b are computed, the next is fetched: then it need not be packed, but for panels that
-// are narrow or end within a vector. A few rows of x, or a few outputs, go by dot products along in_features instead
-// (dots.h).
+// While the tiles of one panel of b are computed, the next is fetched: then it need not be packed, but for tiles that
+// are narrow (AVX2) or end within a vector. A few rows of x, or a few outputs, go by dot products along in_features
+// instead (dots.h).
 //
 // All of it is there for float and for bfloat16_pair, whose matrices hold two bfloat16 along the depth in an element,
 // so that the depth is half as long, and which are summed in float.
@@ -22,18 +21,16 @@
 #pragma once
 
 #include "dots.h"
-#include "vector.h"
+#include "exp.h"
+#include "tiles.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
 
-// The accumulators, a row of b and one element of a fill the registers: 24 + 4 + 1 of 32, or 12 + 2 + 1 of 16.
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
-constexpr int kTileCols = kTileVectors * kLanes;
-constexpr int64_t kTileDepth = 256;  // about
-// A row of a narrow panel is one line of the cache, or half of one, far from the next: such panels are copied.
-constexpr bool kPacksAllPanels = kTileCols * sizeof(float) < 256;
+// A panel of b is as wide as one tile or as several: a is read once for all of them. A row of a narrow tile is one line
+// of the cache, or half of one, far from the next, so that with narrow tiles all panels are copied.
+constexpr int64_t kPanelCols = max(64, kTileCols);
+constexpr bool kPacksAllPanels = kTileCols < kPanelCols;
 // Measured on AMD Zen 4, in rows but for the last:
 constexpr int64_t kFinishRows = 48;         // between the tiles and the activation
 constexpr int64_t kBlockRows = 256;         // about, of a, beside a panel of b in the second-level cache
@@ -41,119 +38,6 @@ constexpr int64_t kMinFetchRows = 48;       // of a, during which the next panel
 constexpr int64_t kMinSplitRows = 48;       // worth dividing among threads
 constexpr int64_t kMostPanelOutputs = 512;  // of W, which may be packed rather than those of x
 constexpr int64_t kCachedFloats = 1 << 16;  // of b, which stay in cache: a quarter of a megabyte
-
-// total cut into equal parts of about that size.
-TORCH_MLP_INLINE int64_t equal_part(int64_t total, int64_t size) {
-  return ceil_div(total, max(1, (total + size / 2) / size));
-}
-
-// Operand a of a tile: element (i, p) lies at data[i * row_stride + p * depth_stride].
-template <typename T>
-struct Broadcast {
-  const T* data;
-  int64_t row_stride, depth_stride;
-};
-
-// c = sum, or c += sum, of whose last vector the first `last` lanes count.
-template <bool adds, int rows, int vectors>
-TORCH_MLP_INLINE void add_or_store(const vec (&sum)[rows][vectors], Matrix c, int64_t last) {
-  TORCH_MLP_UNROLL
-  for (int i = 0; i < rows; ++i) {
-    float* row = c.data + i * c.stride;
-    TORCH_MLP_UNROLL
-    for (int j = 0; j + 1 < vectors; ++j) {
-      store(row + j * kLanes, adds ? load(row + j * kLanes) + sum[i][j] : sum[i][j]);
-    }
-    float* end = row + (vectors - 1) * kLanes;
-    const vec end_sum = sum[i][vectors - 1];
-    if (last == kLanes) {
-      store(end, adds ? load(end) + end_sum : end_sum);
-    } else {
-      store_part(end, adds ? load_part(end, last) + end_sum : end_sum, last);
-    }
-  }
-}
-
-// c (rows, cols) = a b, or c += a b, with cols in the last of `vectors` vectors; b can be read in whole vectors.
-template <int rows, int vectors, typename T>
-__attribute__((noinline)) void tile(int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols,
-                                    bool accumulates) {
-  // Where the sums will go is fetched meanwhile: with a short depth, waiting for it would take as long as the work.
-  TORCH_MLP_UNROLL
-  for (int i = 0; i < rows; ++i) {
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      __builtin_prefetch(c.data + i * c.stride + j * kLanes, 1);
-    }
-  }
-  vec sum[rows][vectors] = {};
-  for (int64_t p = 0; p < depth; ++p, a.data += a.depth_stride, b.data += b.stride) {
-    vec b_row[vectors];
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      b_row[j] = load(b.data + j * kLanes);
-    }
-    TORCH_MLP_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      const vec element = broadcast(a.data[i * a.row_stride]);
-      TORCH_MLP_UNROLL
-      for (int j = 0; j < vectors; ++j) {
-        sum[i][j] = multiply_add<T>(element, b_row[j], sum[i][j]);
-      }
-    }
-  }
-  if (accumulates) {
-    add_or_store<true>(sum, c, cols - (vectors - 1) * kLanes);
-  } else {
-    add_or_store<false>(sum, c, cols - (vectors - 1) * kLanes);
-  }
-}
-
-template <int most_rows, int vectors, typename T>
-TORCH_MLP_INLINE void tile_of(int64_t rows, int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols,
-                              bool accumulates) {
-  if (rows == most_rows) {
-    tile<most_rows, vectors>(depth, a, b, c, cols, accumulates);
-  } else if constexpr (most_rows > 1) {
-    tile_of<most_rows - 1, vectors>(rows, depth, a, b, c, cols, accumulates);
-  }
-}
-
-// What is needed next: (rows, cols), adjacent rows too far apart for the processor to fetch it by itself.
-template <typename T>
-struct Ahead {
-  Rows<const T> matrix;
-  int64_t rows, cols;
-};
-
-template <typename T>
-TORCH_MLP_INLINE void fetch(const Ahead<T>& ahead, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    for (int64_t j = 0; j < ahead.cols; j += 16) {
-      __builtin_prefetch(ahead.matrix.data + i * ahead.matrix.stride + j);
-    }
-  }
-}
-
-// The tiles of one panel of at most kTileCols columns, one below the other and of about the same height. Meanwhile the
-// next panel is fetched: its rows lie too far apart for the processor to do so by itself.
-template <typename T, int vectors = kTileVectors>
-void tiles(int64_t rows, int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols, bool accumulates,
-           Ahead<T> ahead) {
-  if constexpr (vectors > 1) {
-    if (cols <= (vectors - 1) * kLanes) {
-      return tiles<T, vectors - 1>(rows, depth, a, b, c, cols, accumulates, ahead);
-    }
-  }
-  const int64_t count = ceil_div(rows, kTileRows);
-  for (int64_t t = 0, begin = 0; t < count; ++t) {
-    const int64_t end = rows * (t + 1) / count;
-    fetch(ahead, ahead.rows * t / count, ahead.rows * (t + 1) / count);
-    tile_of<kTileRows, vectors, T>(end - begin, depth, {a.data + begin * a.row_stride, a.row_stride, a.depth_stride}, b,
-                                   {c.data + begin * c.stride, c.stride}, cols, accumulates);
-    begin = end;
-  }
-}
 
 // --- product: c = a b or a^T b. A task is a row of tiles, or a panel of columns where there are few rows. ---
 
@@ -164,29 +48,61 @@ bool is_split_by_rows(const Product<T>& self) {
 
 template <typename T>
 int64_t product_tasks(const Product<T>& self) {
-  return is_split_by_rows(self) ? ceil_div(self.rows, kTileRows) : ceil_div(self.cols, kTileCols);
+  return is_split_by_rows(self) ? ceil_div(self.rows, kTileRows) : ceil_div(self.cols, kPanelCols);
+}
+
+// Down a column of a each tile would read a few elements of as many lines of the cache as it is deep, which pay only
+// for wide tiles.
+template <typename T>
+bool packs_a(const Product<T>& self) {
+  return kPacksAllPanels && self.a_transposed && self.depth > 1 && self.cols > kPanelCols;
 }
 
 template <typename T>
 int64_t product_scratch(const Product<T>& self) {
-  return equal_part(self.depth, kTileDepth) * kTileCols;
+  const int64_t of_a = packs_a(self) ? 2 * kBlockRows : 0;  // about kBlockRows, and what the last tile but one spills
+  return equal_part(self.depth, kTileDepth) * (kPanelCols + of_a);
 }
 
-// (depth, cols) of b with the rows filled up with zeros to whole vectors.
+// (depth, cols) of b, kTileCols columns after the other, with the rows filled up with zeros to whole vectors.
 template <typename T>
-Rows<const T> pack(Rows<const T> b, int64_t depth, int64_t cols, T* panel) {
-  const int64_t whole = whole_vectors(cols), width = ceil_div(cols, kLanes) * kLanes;
+void pack(Rows<const T> b, int64_t depth, int64_t cols, T* panel) {
   for (int64_t p = 0; p < depth; ++p) {
     const T* from = b.data + p * b.stride;
-    T* to = panel + p * width;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      store(to + j, load(from + j));
-    }
-    if (whole < cols) {
-      store(to + whole, load_part(from + whole, cols - whole));
+    for (int64_t j = 0; j < cols; j += kTileCols) {
+      const int64_t left = min(cols - j, kTileCols), width = ceil_div(left, kLanes) * kLanes;
+      T* to = panel + j * depth + p * width;
+      if (left == kTileCols) {
+        TORCH_MLP_UNROLL
+        for (int64_t k = 0; k < kTileCols; k += kLanes) {
+          store(to + k, load(from + j + k));
+        }
+      } else {
+        for (int64_t k = 0; k < left; k += kLanes) {
+          store(to + k, left - k >= kLanes ? load(from + j + k) : load_part(from + j + k, left - k));
+        }
+      }
     }
   }
-  return {panel, width};
+}
+
+// The rows of a, which is read down its columns, tile by tile.
+template <typename T>
+void pack_tiles(Broadcast<T> a, int64_t rows, int64_t depth, T* panel) {
+  for_each_tile(rows, [&](int64_t begin, int64_t end) {
+    T* to = panel + begin * depth;
+    const T* from = a.data + begin;
+    const int64_t height = end - begin;
+    for (int64_t p = 0; p < depth; ++p, to += height, from += a.depth_stride) {
+      if (end < rows) {
+        memcpy(to, from, kTileRows * sizeof(T));  // one element too many may be overwritten by what follows
+      } else {
+        for (int64_t i = 0; i < height; ++i) {
+          to[i] = from[i];
+        }
+      }
+    }
+  });
 }
 
 // c = a b, or c += a b, of a column and a row: nothing but writing, which goes best along whole rows.
@@ -206,12 +122,52 @@ void outer_product(Broadcast<float> a, const float* b, Matrix c, int64_t rows, i
   }
 }
 
+// c += a b of some rows of b, along which it goes.
+template <int depth>
+void add_rows(Broadcast<float> a, Rows<const float> b, float* c, int64_t cols) {
+  const int64_t whole = whole_vectors(cols);
+  float element[depth];
+  TORCH_MLP_UNROLL
+  for (int p = 0; p < depth; ++p) {
+    element[p] = a.data[p * a.depth_stride];
+  }
+  const auto add = [&](int64_t j, auto is_whole) {
+    vec sum = load_some<is_whole.value>(c + j, cols - whole);
+    TORCH_MLP_UNROLL
+    for (int p = 0; p < depth; ++p) {
+      sum += element[p] * load_some<is_whole.value>(b.data + p * b.stride + j, cols - whole);
+    }
+    store_some<is_whole.value>(c + j, sum, cols - whole);
+  };
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    add(j, std::true_type{});
+  }
+  if (whole < cols) {
+    add(whole, std::false_type{});
+  }
+}
+
+// c = a b, or c += a b, of one row: nothing but reading b, which goes best along whole rows.
+void row_product(Broadcast<float> a, Rows<const float> b, float* c, int64_t depth, int64_t cols, bool accumulates) {
+  constexpr int together = 4;
+  if (!accumulates) {
+    memset(c, 0, cols * sizeof(float));
+  }
+  int64_t p = 0;
+  for (; p + together <= depth; p += together) {
+    add_rows<together>({a.data + p * a.depth_stride, 1, a.depth_stride}, {b.data + p * b.stride, b.stride}, c, cols);
+  }
+  for (; p < depth; ++p) {
+    add_rows<1>({a.data + p * a.depth_stride, 1, a.depth_stride}, {b.data + p * b.stride, b.stride}, c, cols);
+  }
+}
+
 template <typename T>
 void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
   const bool by_rows = is_split_by_rows(self);
-  const int64_t first_row = by_rows ? begin * kTileRows : 0, first_col = by_rows ? 0 : begin * kTileCols;
+  const int64_t first_row = by_rows ? begin * kTileRows : 0, first_col = by_rows ? 0 : begin * kPanelCols;
   const int64_t last_row = by_rows ? min(self.rows, end * kTileRows) : self.rows;
-  const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kTileCols);
+  const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kPanelCols);
   // Where all of b stays in cache as it is, c is written row by row; else a part of a does, beside a panel of b.
   const int64_t b_cols = last_col - first_col;
   const bool keeps_b = !kPacksAllPanels && b_cols % kLanes == 0 && self.depth * b_cols <= kCachedFloats;
@@ -227,27 +183,50 @@ void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
         (self.accumulates ? outer_product<true> : outer_product<false>)(a, self.b.data + first_col, c, rows, b_cols);
         continue;
       }
+      if (kPacksAllPanels && self.rows == 1) {
+        row_product(a, {self.b.data + first_col, self.b.stride}, self.c.data + first_col, self.depth, b_cols,
+                    self.accumulates);
+        continue;
+      }
     }
     for (int64_t p = 0; p < self.depth; p += most_depth) {
       const int64_t depth = min(self.depth - p, most_depth);
       const T* of_b = self.b.data + p * self.b.stride;
-      for (int64_t col = first_col; col < last_col; col += kTileCols) {
-        const int64_t cols = min(last_col - col, kTileCols), next = col + kTileCols;
-        const bool packs = kPacksAllPanels || cols % kLanes;
-        const Rows<const T> b{of_b + col, self.b.stride};
-        const bool fetches = !keeps_b && rows >= kMinFetchRows && (next < last_col || p + depth < self.depth);
-        const Ahead<T> ahead{{next < last_col ? of_b + next : of_b + depth * self.b.stride + first_col, self.b.stride},
-                             fetches ? depth : 0,
-                             kTileCols};
-        tiles<T>(rows, depth, {a.data + p * a.depth_stride, a.row_stride, a.depth_stride},
-                 packs ? pack(b, depth, cols, scratch) : b, {self.c.data + row * self.c.stride + col, self.c.stride},
-                 cols, p > 0 || self.accumulates, ahead);
+      const Broadcast<T> of_a{a.data + p * a.depth_stride, a.row_stride, a.depth_stride};
+      T* const packed_a = scratch + most_depth * kPanelCols;
+      if (packs_a(self)) {
+        pack_tiles(of_a, rows, depth, packed_a);
+      }
+      for (int64_t panel = first_col; panel < last_col; panel += kPanelCols) {
+        const int64_t panel_end = min(last_col, panel + kPanelCols);
+        const bool packs = kPacksAllPanels || (panel_end - panel) % kLanes;
+        if (packs) {
+          pack<T>({of_b + panel, self.b.stride}, depth, panel_end - panel, scratch);
+        }
+        for (int64_t col = panel; col < panel_end; col += kTileCols) {
+          const int64_t cols = min(panel_end - col, kTileCols), next = col + kPanelCols;
+          const Rows<const T> b = packs
+                                      ? Rows<const T>{scratch + (col - panel) * depth, ceil_div(cols, kLanes) * kLanes}
+                                      : Rows<const T>{of_b + col, self.b.stride};
+          const bool fetches = !keeps_b && rows >= kMinFetchRows && (next < last_col || p + depth < self.depth);
+          const Ahead<T> ahead{
+              {next < last_col ? of_b + next : of_b + depth * self.b.stride + first_col + col - panel, self.b.stride},
+              fetches ? depth : 0,
+              kTileCols};
+          const Matrix c{self.c.data + row * self.c.stride + col, self.c.stride};
+          const bool adds = p > 0 || self.accumulates;
+          if (packs_a(self)) {
+            tiles(rows, depth, PackedTiles<T>{packed_a, depth}, b, c, cols, adds, ahead);
+          } else {
+            tiles(rows, depth, of_a, b, c, cols, adds, ahead);
+          }
+        }
       }
     }
   }
 }
 
-// --- linear by panels. A task is kLanes rows of the other operand with a panel of kTileCols rows of the first. ---
+// --- linear by panels. A task is kLanes rows of the other operand with a panel of kPanelCols rows of the first. ---
 
 // (depth, rows) = the transpose of x (rows, depth), the rows filled up with zeros to whole vectors.
 template <typename T>
@@ -325,7 +304,7 @@ bool puts_x_in_panels(const LinearShape& shape) {
   return shape.batch <= shape.out_features || shape.out_features > kMostPanelOutputs;
 }
 
-int64_t panel_elements(const LinearShape& shape) { return shape.in_features * kTileCols; }
+int64_t panel_elements(const LinearShape& shape) { return shape.in_features * kPanelCols; }
 
 template <typename T, typename Out>
 void linear_by_panels(const LinearForward<T, Out>& self, int64_t begin, int64_t end, T* scratch) {
@@ -338,18 +317,25 @@ void linear_by_panels(const LinearForward<T, Out>& self, int64_t begin, int64_t 
   const int64_t tasks = ceil_div(other_rows, kLanes);  // of one panel
   const int64_t depth = shape.in_features, most_depth = equal_part(depth, kTileDepth);
   while (begin < end) {
-    const int64_t panel = begin / tasks, next = min(end, (panel + 1) * tasks), row = panel * kTileCols;
-    const int64_t rows = min(first_rows - row, kTileCols), width = ceil_div(rows, kLanes) * kLanes;
+    const int64_t panel = begin / tasks, next = min(end, (panel + 1) * tasks), row = panel * kPanelCols;
+    const int64_t rows = min(first_rows - row, kPanelCols), width = ceil_div(rows, kLanes) * kLanes;
     const int64_t last = min(other_rows, (next - panel * tasks) * kLanes);
-    pack_transposed<T>({first.data + row * first.stride, first.stride}, rows, depth, scratch);
+    for (int64_t j = 0; j < rows; j += kTileCols) {
+      pack_transposed<T>({first.data + (row + j) * first.stride, first.stride}, min(rows - j, kTileCols), depth,
+                         scratch + j * depth);
+    }
     for (int64_t n = begin % tasks * kLanes; n < last; n += kFinishRows) {
       const int64_t count = min(last - n, kFinishRows), y_row = is_transposed ? row : n,
                     y_col = is_transposed ? n : row;
       const Rows<Out> y{self.output.data + y_row * self.output.stride + y_col, self.output.stride};
       const Matrix block{reinterpret_cast<float*>(scratch + panel_elements(shape)), width};
       for (int64_t p = 0; p < depth; p += most_depth) {
-        tiles<T>(count, min(depth - p, most_depth), {other.data + n * other.stride + p, other.stride, 1},
-                 {scratch + p * width, width}, block, width, p > 0, {});
+        const Broadcast<T> a{other.data + n * other.stride + p, other.stride, 1};
+        for (int64_t j = 0; j < width; j += kTileCols) {
+          const int64_t cols = min(width - j, kTileCols);
+          tiles<T>(count, min(depth - p, most_depth), a, {scratch + j * depth + p * cols, cols},
+                   {block.data + j, width}, cols, p > 0, {});
+        }
       }
       const float* bias = self.bias ? self.bias + y_col : nullptr;
       dispatch(self.activation, [&](auto act) {
@@ -374,13 +360,13 @@ int64_t linear_tasks(const LinearShape& shape) {
   if (by_dots<T>(shape)) {
     return dot_tasks(shape);
   }
-  return puts_x_in_panels(shape) ? ceil_div(shape.batch, kTileCols) * ceil_div(shape.out_features, kLanes)
-                                 : ceil_div(shape.out_features, kTileCols) * ceil_div(shape.batch, kLanes);
+  return puts_x_in_panels(shape) ? ceil_div(shape.batch, kPanelCols) * ceil_div(shape.out_features, kLanes)
+                                 : ceil_div(shape.out_features, kPanelCols) * ceil_div(shape.batch, kLanes);
 }
 
 template <typename T>
 int64_t linear_scratch(const LinearShape& shape) {
-  return by_dots<T>(shape) ? 0 : panel_elements(shape) + kFinishRows * kTileCols;
+  return by_dots<T>(shape) ? 0 : panel_elements(shape) + kFinishRows * kPanelCols;
 }
 
 template <typename T, typename Out>

@@ -1,7 +1,7 @@
 // Binary cross-entropy of logits, as in ../binary_cross_entropy.h, in vectors. For level.h.
 #pragma once
 
-#include "vector.h"
+#include "exp.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {

@@ -5,7 +5,7 @@
 // transposed back. The steps of a few rows wait for each other, and the processor does not look much further ahead.
 #pragma once
 
-#include "vector.h"
+#include "exp.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
