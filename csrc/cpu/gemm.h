@@ -55,7 +55,8 @@ int64_t product_tasks(const Product<T>& self) {
 // for wide tiles.
 template <typename T>
 bool packs_a(const Product<T>& self) {
-  return kPacksAllPanels && self.a_transposed && self.depth > 1 && self.cols > kPanelCols;
+  constexpr int64_t most_lines = 64;  // which stay in the first-level cache from one tile to the next
+  return kPacksAllPanels && self.a_transposed && self.depth > most_lines && self.cols > kPanelCols;
 }
 
 template <typename T>
