@@ -61,8 +61,9 @@ bool packs_a(const Product<T>& self) {
 
 template <typename T>
 int64_t product_scratch(const Product<T>& self) {
-  const int64_t of_a = packs_a(self) ? 2 * kBlockRows : 0;  // about kBlockRows, and what the last tile but one spills
-  return equal_part(self.depth, kTileDepth) * (kPanelCols + of_a);
+  // Bounds of equal_part that do not fall with the depth: memory for a minibatch has to do for a shorter one.
+  const int64_t most_depth = min(self.depth, kTileDepth * 3 / 2), most_rows = min(self.rows, kBlockRows * 3 / 2);
+  return most_depth * (kPanelCols + (packs_a(self) ? most_rows : 0));
 }
 
 // (depth, cols) of b, kTileCols columns after the other, with the rows filled up with zeros to whole vectors.

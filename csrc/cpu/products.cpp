@@ -54,7 +54,13 @@ struct KernelsWin {
 //   Intel Sapphire Rapids    batch 8 to 128   1.1 to 1.5   0.8 to 1.0    0.8 to 0.95
 //                            batch 512        0.9 to 1.0   0.9 to 1.0    0.8 to 1.0
 //                            10 outputs       1.5 to 2.2   0.8 to 0.95   1.2 to 1.4
-// MKL runs at 85 to 90 % of the peak on Intel's processors, at 65 to 85 % on AMD Zen 4 and at half of it on Zen 5.
+// and AVX2:
+//   AMD Zen 3                batch 1          1.3 to 1.4   1.1 to 1.5    1.0 to 2.3
+//                            batch 8          1.2 to 1.8   0.95 to 1.2   0.8 to 1.4
+//                            batch 32 to 512  0.95 to 1.4  0.95 to 1.2   0.85 to 1.1
+//                            batch 4096       0.9 to 1.3   0.75 to 1.5   0.8 to 1.2
+//                            10 outputs       1.1 to 2.5   0.85 to 1.2   1.0 to 1.2
+// MKL runs at 85 to 90 % of the peak on Intel's processors, at 65 to 85 % on AMD Zen 3 and 4, at half on Zen 5.
 KernelsWin kernels_win(const LinearShape& shape) {
   constexpr int64_t most_depth = 4096;  // bounds the panel, 64 rows of that many
   const Products faster = faster_products();
