@@ -71,7 +71,7 @@ bool is_enough_for_shorter(const ProductKernels<T>& table) {
     };
     for (int64_t depth = 2; depth < 2000; ++depth) {
       if (scratch(depth) < scratch(depth - 1)) {
-        std::printf("%d columns need less memory than one less\n", int(depth));
+        std::printf("a product of depth %d needs less memory than one of depth %d\n", int(depth), int(depth) - 1);
         return false;
       }
     }
