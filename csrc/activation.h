@@ -91,8 +91,7 @@ void dispatch_activation(const char* op, const std::string& name, const Body& bo
   } else if (name == Step::name) {
     body(Step{});
   } else {
-    check<std::invalid_argument>(
-        false, op, ": expected activation to be one of identity, sigmoid, tanh, relu, step, got '", name, "'");
+    check(false, op, ": expected activation to be one of identity, sigmoid, tanh, relu, step, got '", name, "'");
   }
 }
 

@@ -15,7 +15,8 @@
 namespace torch_mlp {
 
 // Throws Error with the parts as its message. STD_TORCH_CHECK would put this file's path on the builder's machine into
-// the sentence, and knows no exception but RuntimeError.
+// the sentence, and knows no exception but RuntimeError. Of other exceptions every torch translates std::out_of_range,
+// into IndexError; a ValueError has to come from Python, for torch 2.15 makes RuntimeErrors of the rest.
 template <typename Error = std::runtime_error, typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (!condition) {
@@ -112,8 +113,8 @@ inline void check_linear_act_backward(const char* op, const torch::stable::Tenso
 enum class Reduction { None, Mean, Sum };
 
 inline Reduction check_reduction(const char* op, const std::string& name) {
-  check<std::invalid_argument>(name == "none" || name == "mean" || name == "sum", op,
-                               ": expected reduction to be one of none, mean, sum, got '", name, "'");
+  check(name == "none" || name == "mean" || name == "sum", op,
+        ": expected reduction to be one of none, mean, sum, got '", name, "'");
   return name == "none" ? Reduction::None : name == "mean" ? Reduction::Mean : Reduction::Sum;
 }
 
@@ -123,11 +124,7 @@ inline void check_classes(const char* op, const torch::stable::Tensor& target, c
   check(target.scalar_type() == torch::headeronly::ScalarType::Long, op, ": expected target of dtype Long, got ",
         torch::headeronly::toString(target.scalar_type()));
   check_same_device(op, "target", target, input);
-  // As in torch, another batch size is a ValueError, another number of dimensions is not.
-  const Shape expected{input.sizes().data(), 1};
-  check<std::invalid_argument>(target.dim() > 0 && target.size(0) == input.size(0), op, ": expected target of shape ",
-                               expected, ", got ", shape_of(target.sizes()));
-  check(target.dim() == 1, op, ": expected target of shape ", expected, ", got ", shape_of(target.sizes()));
+  check_shape(op, "target", target, std::vector<int64_t>{input.size(0)});
   check(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, ": expected label_smoothing in [0, 1], got ",
         label_smoothing);
 }

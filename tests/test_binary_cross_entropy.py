@@ -472,7 +472,7 @@ def test_ops_check_their_arguments(device):
     one = torch.ones((), dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match=r"expected target of shape \(7, 5\), got \(7, 4\)"):
         forward(x, y[:, :4], None, None, "mean")
-    with pytest.raises(ValueError, match="expected reduction to be one of none, mean, sum, got 'avg'"):
+    with pytest.raises(RuntimeError, match="expected reduction to be one of none, mean, sum, got 'avg'"):
         forward(x, y, None, None, "avg")
     bad = {
         r"grad_output of shape \(\), got \(7, 5\)": (x, "mean"),

@@ -33,7 +33,7 @@ def test_unknown_capability_is_an_error(use):
     code = f"import torch, torch_mlp\n{FIRST_USE[use]}"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: torch_mlp: expected TORCH_MLP_CPU_CAPABILITY to be one of default"), last
+    assert last.startswith("RuntimeError: torch_mlp: expected TORCH_MLP_CPU_CAPABILITY to be one of default"), last
     assert last.endswith("got 'avx3'")
 
 

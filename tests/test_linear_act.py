@@ -267,7 +267,7 @@ def test_unknown_activation(device):
     sentence = "linear_act: expected activation to be one of identity, sigmoid, tanh, relu, step, got 'gelu'"
     with pytest.raises(ValueError, match=sentence):
         linear_act(*tensors, "gelu")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(RuntimeError, match=sentence):
         torch.ops.torch_mlp.linear_act(*tensors, "gelu")
 
 

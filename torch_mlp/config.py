@@ -36,7 +36,7 @@ def show_config() -> None:
     ``TORCH_MLP_CPU_CAPABILITY`` forces one of them; it is read once, at the first use.
 
     Raises:
-        ValueError: if ``TORCH_MLP_CPU_CAPABILITY`` names an instruction set that the processor does not have.
+        RuntimeError: if ``TORCH_MLP_CPU_CAPABILITY`` names an instruction set that the processor does not have.
 
     Example:
         >>> show_config()  # doctest: +ELLIPSIS

@@ -46,8 +46,8 @@ const Kernels& choose() {
       }
     }
   }
-  check<std::invalid_argument>(best != nullptr, "torch_mlp: expected TORCH_MLP_CPU_CAPABILITY to be one of ", names,
-                               " on this processor, got '", wanted ? wanted : "", "'");
+  check(best != nullptr, "torch_mlp: expected TORCH_MLP_CPU_CAPABILITY to be one of ", names,
+        " on this processor, got '", wanted ? wanted : "", "'");
   return *best;
 }
 

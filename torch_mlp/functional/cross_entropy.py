@@ -89,7 +89,7 @@ def cross_entropy(
     if holds_probabilities:
         _check_probabilities("cross_entropy", target, ignore_index)
     else:
-        target = check_classes("cross_entropy", target, weight)
+        target = check_classes("cross_entropy", input, target, weight)
     if is_autocasting(input):
         input, weight = autocast(torch.float32, input, weight)
 
@@ -225,7 +225,7 @@ def linear_cross_entropy(
             return_lse=return_lse,
             z_loss=z_loss,
         )
-    target = check_classes(op, target, weight)
+    target = check_classes(op, input, target, weight)
     # Autocast computes the products in 16 bits and the loss in float32.
     dtype = torch.promote_types(input.dtype, torch.float32) if casts else input.dtype
     if casts:
@@ -251,8 +251,11 @@ def linear_cross_entropy(
     return (loss, lse.reshape(input.shape[:-1])) if return_lse else loss
 
 
-def check_classes(op: str, target: Tensor, weight: Tensor | None) -> Tensor:
+def check_classes(op: str, input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     """The classes as the ops take them."""
+    if input.dim() == 2 and (target.dim() == 0 or target.shape[0] != input.shape[0]):
+        # As in torch, another batch size is a ValueError, another number of dimensions is not.
+        raise ValueError(f"{op}: expected target of shape {tuple(input.shape[:1])}, got {tuple(target.shape)}")
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: expected weight not to require grad, for the loss has no gradient by it")
     if target.dtype is torch.int64:

@@ -94,7 +94,7 @@ def mlp_cross_entropy(
         return cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
     input, parameters = _check_mlp("mlp_cross_entropy", input, weights, biases, activation)
     check_reduction("mlp_cross_entropy", reduction)
-    target = check_classes("mlp_cross_entropy", target, weight)
+    target = check_classes("mlp_cross_entropy", input, target, weight)
     return ops.mlp_cross_entropy(
         input, parameters, target, activation, weight, reduction, ignore_index, label_smoothing
     )
