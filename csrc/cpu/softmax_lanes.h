@@ -53,9 +53,10 @@ TORCH_MLP_INLINE vec_int load_labels(const int64_t* label, int64_t count) {
     }
     label = values;
   }
-  vec_int halves[2];
-  memcpy(halves, label, sizeof(halves));
-  return lower_halves(halves[0], halves[1], std::make_index_sequence<kLanes>{});
+  vec_int first, second;  // one by one, for both at once would come through memory
+  memcpy(&first, label, sizeof(first));
+  memcpy(&second, label + kHalfLanes, sizeof(second));
+  return lower_halves(first, second, std::make_index_sequence<kLanes>{});
 }
 
 // Calls body(i, count, whether count is kLanes) for the rows from i on, kLanes or the last ones.
@@ -157,25 +158,30 @@ TORCH_MLP_INLINE void gradients(const vec* columns, T* grad, int64_t rows, int64
     const vec of_factor = of_rows(terms.numerator) / of_rows(sum), of_at_label = of_rows(terms.at_label);
     const vec of_offset = has_offset ? of_rows(terms.offset) : vec{};
     const vec_int of_label = load_labels(label + i, count);
+    // Copies, for the compiler reads again after each store what a store may have changed.
+    const vec* const column = columns + i / kLanes * classes;
+    const T* const weight = terms.weight;
+    T* const first_row = grad + i * classes;
+    const int64_t stride = classes;
     // What a whole vector writes behind the end of its row is overwritten by the rows that follow, if those are enough
     // and the ends of the rows come before the rest.
     const bool may_spill = !kStoresPartsAtOnce && (rows - i - kLanes) * classes >= kLanes;
     const auto some_columns = [&](int64_t c, auto width) {
-      const vec* column = columns + i / kLanes * classes + c;
+      const vec_int label_from_c = of_label - int32_t(c);
       vec square[kLanes] = {};
       TORCH_MLP_UNROLL
       for (int l = 0; l < kLanes; ++l) {
         if (l < width) {
-          const vec of_softmax = of_factor * column[l];
+          const vec of_softmax = of_factor * column[c + l];
           const vec elsewhere =
-              has_offset ? of_softmax - of_offset * (terms.weight ? to_float(terms.weight[c + l]) : 1.0f) : of_softmax;
-          square[l] = of_label == int32_t(c + l) ? of_softmax - of_at_label : elsewhere;
+              has_offset ? of_softmax - of_offset * (weight ? to_float(weight[c + l]) : 1.0f) : of_softmax;
+          square[l] = label_from_c == l ? of_softmax - of_at_label : elsewhere;
         }
       }
       transpose(square);
+      T* to = first_row + c;
       TORCH_MLP_UNROLL
-      for (int l = 0; l < kLanes; ++l) {
-        T* to = grad + (i + l) * classes + c;
+      for (int l = 0; l < kLanes; ++l, to += stride) {
         if (may_spill) {
           store(to, square[l]);
         } else if (is_whole.value || l < count) {
