@@ -16,12 +16,12 @@ jobs=()
 if "$python" -c 'import xdist' 2> /dev/null; then jobs=(-n auto --maxprocesses 14); fi  # each has a context on the GPU
 "$python" -m pytest -q "${jobs[@]}" -k 'cuda or gpu' tests
 
-sanitized=(tests/test_linear_act.py tests/test_cross_entropy.py tests/test_cross_entropy_backward.py tests/test_ops.py)
+sanitized=(tests/test_{linear_act,cross_entropy,cross_entropy_backward,cross_entropy_probabilities,ops}.py)
 if command -v compute-sanitizer > /dev/null; then
   declare -A pids
   for tool in memcheck racecheck initcheck synccheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits or as_many)' "${sanitized[@]}" \
+      "$python" -m pytest -q -x -k 'cuda and (two_calls or layouts or infinite_logits or as_many or more_rows)' "${sanitized[@]}" \
       > "build/compute-sanitizer-$tool.log" 2>&1 &
     pids[$tool]=$!
   done

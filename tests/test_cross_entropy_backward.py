@@ -103,6 +103,17 @@ def test_as_many_backward_passes_as_are_asked_for(device, reduction, classes):
         torch.testing.assert_close(copy.double(), expected, rtol=2e-6, atol=2e-7 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("classes", [10, 1100, 4200])
+def test_more_rows_than_blocks(device, classes):
+    """Of a grid, whose blocks then take more than one; with few classes, rows for several blocks."""
+    input, target, _ = make(device, torch.float32, 4100, classes)
+    loss = cross_entropy(input, target, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, input, torch.tensor(0.7, device=device))
+    expected = truth(input, target, None, torch.tensor(0.7, device=device), reduction="sum")
+    torch.testing.assert_close(grad.double(), expected, rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(loss.double(), eager(input.double(), target, reduction="sum"), rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("input", [torch.empty(0, 5), torch.empty(3, 0)], ids=["no rows", "no classes"])
 @REDUCED
 def test_nothing_to_differentiate(device, input, reduction):

@@ -53,6 +53,18 @@ def test_accuracy(device, dtype, reduction, label_smoothing, weighted, shape):
             torch.testing.assert_close(our.double(), truth, rtol=units * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("classes", [10, 1100])
+def test_more_rows_than_blocks(device, classes):
+    """Of a grid, whose blocks then take more than one; with few classes, rows for several blocks."""
+    *tensors, _ = make(device, torch.float32, (4100, classes))
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    grad_output = torch.tensor(0.7, device=device)
+    ours = results(cross_entropy, *tensors, None, grad_output, reduction="sum")
+    truths = results(eager, *exact, None, grad_output.double(), reduction="sum")
+    for our, truth in zip(ours, truths, strict=True):
+        torch.testing.assert_close(our.double(), truth, rtol=2e-6, atol=1e-7 * float(truth.abs().max()))
+
+
 @weights
 @smoothings
 @reductions
