@@ -134,10 +134,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             grads = _differentiable_backward(grad_output, grad_lse, *saved, *ctx.options)
         elif ctx.has_grads:
             scale = torch.Tensor.mul_ if is_last_use(grad_output) else torch.Tensor.mul
-            if needs_grad[0]:  # by inf and NaN too, the gradient of a row that is ignored stays 0
-                is_kept = (saved[3] != ctx.options[1]).unsqueeze(1)
-                of_input = scale(of_input, grad_output.to(input.dtype).where(is_kept, 0))
-            grads = of_input, scale(of_weight, grad_output), scale(of_bias, grad_output)
+            grads = scale(of_input, grad_output), scale(of_weight, grad_output), scale(of_bias, grad_output)
+            if needs_grad[0]:  # times inf or NaN it would be NaN for a row that is ignored
+                grads[0].masked_fill_((saved[3] == ctx.options[1]).unsqueeze(1), 0)
         else:
             grads = backward_op(grad_output, grad_lse, *saved, *ctx.options, *needs_grad)
         return *only_needed(grads, needs_grad), *(None,) * 7
