@@ -180,4 +180,45 @@ inline int64_t column_threads_of(int64_t chunk_rows, int64_t classes) {
   return std::clamp<int64_t>(kSumThreads / std::max<int64_t>(1, classes), 1, std::min(chunk_rows, kMaxColumnThreads));
 }
 
+// --- the kernel that trains a network alone ---
+
+// It is for networks whose steps take so few operations that most of the time would go between kernels. Its products,
+// of float32 without tensor cores, are slower than the library's, which larger ones had better use. A warp takes a row
+// of logits, hence no more classes than that is good for; the layers' sizes have to fit the kernel's argument.
+constexpr int64_t kMaxPersistentLayers = 8;
+constexpr int64_t kMaxPersistentBatch = 1024;
+constexpr int64_t kMaxPersistentParameters = 2 << 20;
+
+constexpr bool fits_persistent(int64_t layers, int64_t classes, int64_t batch, int64_t parameters) {
+  return layers <= kMaxPersistentLayers && classes <= kWarpClasses && batch >= 1 && batch <= kMaxPersistentBatch &&
+         parameters <= kMaxPersistentParameters;
+}
+
+// The tiles of its products: small ones for many blocks, large ones that read less.
+struct TileSize {
+  int rows, cols;
+};
+constexpr TileSize kTiles[] = {{8, 16}, {16, 32}, {32, 32}};
+
+// What a tile costs beyond its multiplications, waiting for memory, in multiplications.
+constexpr int64_t kTileOverhead = 200000;
+
+// The number of the tile with which so many blocks are done first with a product of (rows, depth) and (depth, cols).
+inline int tile_of(int64_t rows, int64_t cols, int64_t depth, int64_t blocks) {
+  int best = 0;
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (const TileSize& tile : kTiles) {
+    const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(cols, tile.cols);
+    const int64_t cost = ceil_div(tiles, blocks) * (tile.rows * tile.cols * depth + kTileOverhead);
+    if (cost < best_cost) {
+      best = int(&tile - kTiles);
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// So many blocks can gather a minibatch while the others update weights.
+constexpr int64_t kGatherBlocks = 16;
+
 }  // namespace torch_mlp
