@@ -146,10 +146,13 @@ struct Panel {
 
   // Past the first-level cache, for other blocks write what is read.
   __device__ void fetch(int64_t begin, int64_t end) {
+    const int64_t left = is_inside ? end - begin - k : 0;
+    const float* at = line + (begin + k) * stride;
+    const int64_t step_stride = step * stride;
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      const int64_t at = begin + k + n * step;
-      values[n] = is_inside && at < end ? __ldcg(line + at * stride) : 0.0f;
+      values[n] = n * step < left ? __ldcg(at) : 0.0f;
+      at += step_stride;
     }
   }
 
@@ -163,8 +166,8 @@ struct Panel {
 
 // One tile. The epilogue loads what it needs for an element before the product, and takes the element after it.
 template <typename Tile, typename Left, typename Right, typename Epilogue>
-__device__ void tile_product(float* shared, const Left& left, const Right& right, int64_t depth, int64_t first_row,
-                             int64_t first_col, const Epilogue& epilogue) {
+__device__ __noinline__ void tile_product(float* shared, Left left, Right right, int64_t depth, int64_t first_row,
+                                          int64_t first_col, Epilogue epilogue) {
   constexpr int rows = Tile::rows, cols = Tile::cols, panel_depth = Tile::panel_depth, groups = Tile::groups;
   constexpr int elements = ceil_div(rows * cols, kThreads);
   const int thread = int(threadIdx.x), position = thread % (kThreads / groups), group = thread / (kThreads / groups);
@@ -224,7 +227,7 @@ __device__ void tile_product(float* shared, const Left& left, const Right& right
   __syncthreads();
   for_each_element([&](int n, int at, int64_t row, int64_t col) {
     float sum = 0;
-#pragma unroll
+#pragma unroll 8
     for (int g = 0; g < groups; ++g) {
       sum += shared[g * rows * cols + at];
     }
