@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ NAMESPACE = "torch_mlp_emulated"
 OPS = sorted({op for path in SOURCES.glob("cuda/*.cu") for op in re.findall(r'm\.impl\("(\w+)"', path.read_text())})
 MACROS = """
 #undef STD_CUDA_KERNEL_LAUNCH_CHECK
+#undef STD_CUDA_CHECK
 #undef CUDA_KERNEL_ASSERT
 #define STD_CUDA_KERNEL_LAUNCH_CHECK()
+#define STD_CUDA_CHECK(call) ((void)(call))
 #define CUDA_KERNEL_ASSERT(condition) ((condition) ? (void)0 : (std::puts(#condition), std::abort()))
 """
 
@@ -56,6 +59,8 @@ def translated(text):
     text = with_calls_for_launches(text)
     text = text.replace("#include <cuda_runtime.h>", f'#include "{TESTS}/emulated/cuda_on_cpu.h"')
     text = text.replace("namespace torch_mlp {", MACROS + "namespace torch_mlp {", 1)
+    barrier = r"(void grid_barrier\([^{]*\)) \{.*?\n\}"
+    text = re.sub(barrier, r"\1 { emulated::pause(emulated::Waits::ForGrid); }", text, flags=re.DOTALL)
     text = text.replace("#pragma unroll", "// unroll")
     text = re.sub(r"const DeviceGuard guard\(.*\);", "", text)
     text = re.sub(r"(inline cudaStream_t current_stream\(.*\)) \{[^}]*\}", r"\1 { return nullptr; }", text)
@@ -203,3 +208,39 @@ def test_linear_act(emulated, dtype, batch, ins, outs, activation):
     for ours, truth in zip(emulated._linear_act_backward(*arguments), truths, strict=True):
         tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 0.016}[dtype]
         assert (ours.double() - truth).square().mean().sqrt() <= tolerance * truth.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("activation", ["identity", "sigmoid", "tanh", "relu"])
+@pytest.mark.parametrize(
+    ("widths", "count", "batch_size"),
+    [
+        ([784, 128, 10], 300, 128),
+        ([20, 7, 5, 3], 33, 8),
+        ([300, 150, 150, 40], 150, 70),  # tiles of every size, logits in several
+        ([1, 1], 3, 3),
+        ([5, 4, 3, 4, 3, 4, 3, 4, 2], 20, 6),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("momentum", "decay", "bias"), [(0.0, 0.0, True), (0.9, 0.02, True), (0.5, 0.1, False)])
+def test_train_epoch(emulated, widths, count, batch_size, momentum, decay, bias, activation):
+    """The kernel of small networks, against the CPU's in float64."""
+    sizes = [size for ins, outs in pairwise(widths) for size in ((outs, ins), (outs if bias else 0,))]
+    values = [torch.randn(size, dtype=torch.float64) / size[-1] ** 0.5 if size[-1] else torch.empty(0) for size in sizes]
+    velocities = [torch.randn(size) / 10 for size in sizes] if momentum else []
+    pixels = torch.randint(256, (count + 5, widths[0]), dtype=torch.uint8)
+    labels, order = torch.randint(widths[-1], (count + 5,)), torch.randperm(count + 5)[:count]
+    rates = torch.linspace(0.2, 0.1, -(-count // batch_size), dtype=torch.float64)
+    activations = [activation] * (len(widths) - 2) + ["identity" if activation != "tanh" else "tanh"]
+    for images, lr in ((pixels, rates), (pixels / 256, torch.full_like(rates, 0.1))):
+        scale = 1 / 256 if images.dtype == torch.uint8 else 1.0
+        results = []
+        for op, dtype in ((torch.ops.torch_mlp._train_epoch, torch.float64), (emulated._train_epoch, torch.float32)):
+            kept = [[tensor.to(dtype, copy=True) for tensor in tensors] for tensors in (values, velocities)]
+            data = images if images.dtype == torch.uint8 else images.to(dtype)
+            arguments = (data, labels, order, kept[0][::2], kept[0][1::2], kept[1], activations, batch_size, lr)
+            losses = op(*arguments, momentum, decay, scale, -0.3, False)
+            results.append([losses, *kept[0], *kept[1]])
+        for truth, ours in zip(*results, strict=True):
+            assert ours.isfinite().all()
+            assert (ours.double() - truth).norm() <= 1e-5 * truth.norm()

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cmath>
+#include <iterator>
 
 #include "../train_steps.h"
 #include "common.cuh"

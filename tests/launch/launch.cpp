@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+#include <iterator>
 #include <vector>
 
 namespace {
@@ -299,6 +300,36 @@ void check_chunks() {
   }
 }
 
+// --- the kernel that trains a network alone ---
+
+void check_persistent() {
+  static_assert(fits_persistent(2, 10, 128, 784 * 128 + 128 * 10) && fits_persistent(8, 1024, 1024, 2 << 20));
+  static_assert(!fits_persistent(9, 10, 128, 1000) && !fits_persistent(2, 1025, 128, 1000));
+  static_assert(!fits_persistent(2, 10, 1025, 1000) && !fits_persistent(2, 10, 128, (2 << 20) + 1));
+  static_assert(!fits_persistent(2, 10, 0, 1000), "there is no first minibatch");
+
+  // As many blocks as devices have multiprocessors.
+  for (const int64_t blocks : {1, 7, 108, 132, 148}) {
+    for (const int64_t rows : kSmall) {
+      for (const int64_t cols : kSmall) {
+        for (const int64_t depth : kSmall) {
+          const int tile = tile_of(rows, cols, depth, blocks);
+          EXPECT(tile >= 0 && tile < int(std::size(kTiles)), rows, cols, depth, blocks);
+          // No smaller than would keep every block busy once.
+          const TileSize size = kTiles[tile];
+          EXPECT(tile == 0 || ceil_div(rows, kTiles[tile - 1].rows) * ceil_div(cols, kTiles[tile - 1].cols) > blocks,
+                 rows, cols, depth, blocks);
+          EXPECT(size.rows * size.cols <= 4 * kThreads, rows, cols, depth, blocks);
+        }
+      }
+    }
+  }
+  // The layers of 784-128-10 for a batch of 128 on an H100: all tiles of a phase at once.
+  static_assert(kTiles[0].rows * kTiles[0].cols * 132 >= 128 * 128);
+  EXPECT(tile_of(128, 128, 784, 132) == 0, 0);
+  EXPECT(tile_of(128, 785, 128, 132) == 2, 0);
+}
+
 }  // namespace
 
 int main() {
@@ -313,5 +344,6 @@ int main() {
   check_sum_blocks();
   check_columns();
   check_chunks();
+  check_persistent();
   std::puts("split");
 }
