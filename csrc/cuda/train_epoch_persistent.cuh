@@ -236,19 +236,20 @@ __device__ __noinline__ void tile_product(float* shared, Left left, Right right,
   });
 }
 
-// All tiles, dealt to the blocks from number `offset` on; returns how many there are. after(first_row, rows) of each.
+// All tiles, dealt to the blocks from number offset % blocks on; returns how many there are. after(first_row, rows) of
+// each. They are few enough to be counted in 32 bits, in which a division takes a fraction of the time.
 template <typename Left, typename Right, typename Epilogue, typename After>
-__device__ int64_t product(float* shared, int tile, const Left& left, const Right& right, int64_t depth,
-                           const Epilogue& epilogue, int64_t offset, const After& after) {
-  const int64_t blocks = gridDim.x, first = (blockIdx.x + blocks - offset % blocks) % blocks;
-  int64_t tiles = 0;
+__device__ uint32_t product(float* shared, int tile, const Left& left, const Right& right, int64_t depth,
+                            const Epilogue& epilogue, uint32_t offset, const After& after) {
+  const uint32_t blocks = gridDim.x, block = blockIdx.x, first = (block + (blocks - offset % blocks)) % blocks;
+  uint32_t tiles = 0;
   dispatch_tile(tile, [&](auto shape) {
     using Shape = decltype(shape);
-    const int64_t across = ceil_div(right.all_rows(), int64_t(Shape::cols));
-    tiles = across * ceil_div(left.all_rows(), int64_t(Shape::rows));
-    for (int64_t at = first; at < tiles; at += blocks) {
-      const int64_t first_row = at / across * Shape::rows;
-      tile_product<Shape>(shared, left, right, depth, first_row, at % across * Shape::cols, epilogue);
+    const auto across = uint32_t(ceil_div(right.all_rows(), Shape::cols));
+    tiles = across * uint32_t(ceil_div(left.all_rows(), Shape::rows));
+    for (uint32_t at = first; at < tiles; at += blocks) {
+      const int64_t first_row = int64_t(at / across) * Shape::rows, first_col = int64_t(at % across) * Shape::cols;
+      tile_product<Shape>(shared, left, right, depth, first_row, first_col, epilogue);
       after(first_row, int64_t(Shape::rows));
     }
   });
@@ -305,22 +306,25 @@ struct Update {
 
 // A warp: the loss of a row of logits, and the gradient with respect to what the last layer's activation was taken of.
 // A row that holds NaN or +inf, or nothing but -inf, has a loss of NaN, as in torch.
-__device__ void softmax_row(const Epoch& epoch, const Layer& layer, const int64_t* targets, int64_t row,
-                            int64_t batch) {
+__device__ __noinline__ void softmax_row(const Epoch& epoch, const Layer& layer, const int64_t* targets, int64_t row,
+                                         int64_t batch) {
   const int lane = int(threadIdx.x) % kWarpThreads;
   const int64_t classes = layer.outs, target = targets[row];
   CUDA_KERNEL_ASSERT(target >= 0 && target < classes && "expected labels in [0, num_classes)");
   const float* const x = layer.output + row * classes;
   float maximum = x[0], sum = 0;
+#pragma unroll 1
   for (int64_t c = lane; c < classes; c += kWarpThreads) {
     maximum = std::fmax(maximum, x[c]);
   }
   maximum = warp_reduce<kWarpThreads>(maximum, Max{});
+#pragma unroll 1
   for (int64_t c = lane; c < classes; c += kWarpThreads) {
     sum += std::exp(x[c] - maximum);
   }
   sum = warp_reduce<kWarpThreads>(sum, Add{});
   const float factor = 1 / float(batch);
+#pragma unroll 1
   for (int64_t c = lane; c < classes; c += kWarpThreads) {
     const float y = x[c], grad = (std::exp(y - maximum) / sum - (c == target ? 1.0f : 0.0f)) * factor;
     layer.grad[row * classes + c] = with_activation(layer.act, [&](auto act) { return act.backward(grad, y); });
@@ -363,8 +367,8 @@ __device__ void gather(const Epoch& epoch, int64_t step, int64_t batch, int64_t 
   constexpr int64_t warps = kThreads / kWarpThreads;
   float* const inputs = epoch.inputs + step % 2 * epoch.most * epoch.features;
   int64_t* const targets = epoch.targets + step % 2 * epoch.most;
-  const int64_t warp = (blockIdx.x - first) * warps + threadIdx.x / kWarpThreads;
-  for (int64_t i = warp; warp >= 0 && i < batch; i += (gridDim.x - first) * warps) {
+  const int64_t warp = (int64_t(blockIdx.x) - first) * warps + threadIdx.x / kWarpThreads;
+  for (int64_t i = warp; warp >= 0 && i < batch; i += (int64_t(gridDim.x) - first) * warps) {
     const int64_t image = epoch.order[step * epoch.batch_size + i];
     CUDA_KERNEL_ASSERT(image >= 0 && image < epoch.image_count && "expected order in [0, N)");
     const pixel_t* const pixels = static_cast<const pixel_t*>(epoch.images) + image * epoch.features;
@@ -418,7 +422,7 @@ __global__ void __launch_bounds__(kThreads) train_kernel(const __grid_constant__
       grid_barrier(epoch.arrived, arrivals);
     }
     if (!epoch.has_whole_rows) {
-      for (int64_t row = blockIdx.x * warps + warp; row < batch; row += blocks * warps) {
+      for (int64_t row = int64_t(blockIdx.x) * warps + warp; row < batch; row += blocks * warps) {
         softmax_row(epoch, last, targets, row, batch);
       }
       grid_barrier(epoch.arrived, arrivals);
@@ -433,7 +437,7 @@ __global__ void __launch_bounds__(kThreads) train_kernel(const __grid_constant__
     }
 
     const float lr = epoch.rates ? float(epoch.rates[step]) : epoch.lr;
-    int64_t tiles = 0;
+    uint32_t tiles = 0;
     for (int64_t l = 0; l < layers; ++l) {
       const Layer& layer = epoch.layers[l];
       const Operand<true> grad{layer.grad, layer.outs, layer.outs};
