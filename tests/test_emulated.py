@@ -210,7 +210,6 @@ def test_linear_act(emulated, dtype, batch, ins, outs, activation):
         assert (ours.double() - truth).square().mean().sqrt() <= tolerance * truth.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("activation", ["identity", "sigmoid", "tanh", "relu"])
 @pytest.mark.parametrize(
     ("widths", "count", "batch_size"),
     [
@@ -222,8 +221,11 @@ def test_linear_act(emulated, dtype, batch, ins, outs, activation):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("momentum", "decay", "bias"), [(0.0, 0.0, True), (0.9, 0.02, True), (0.5, 0.1, False)])
-def test_train_epoch(emulated, widths, count, batch_size, momentum, decay, bias, activation):
+@pytest.mark.parametrize(
+    ("activation", "momentum", "decay", "bias"),
+    [("identity", 0.0, 0.0, True), ("sigmoid", 0.9, 0.0, True), ("tanh", 0.7, 0.02, True), ("relu", 0.0, 0.01, False)],
+)
+def test_train_epoch(emulated, widths, count, batch_size, activation, momentum, decay, bias):
     """The kernel of small networks, against the CPU's in float64."""
     sizes = [size for ins, outs in pairwise(widths) for size in ((outs, ins), (outs if bias else 0,))]
     values = [torch.randn(size, dtype=torch.float64) / size[-1] ** 0.5 if size[-1] else torch.empty(0) for size in sizes]

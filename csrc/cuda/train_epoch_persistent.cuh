@@ -385,7 +385,7 @@ __device__ void gather(const Epoch& epoch, int64_t step, int64_t batch, int64_t 
 
 template <typename pixel_t>
 __global__ void __launch_bounds__(kThreads) train_kernel(const __grid_constant__ Epoch epoch) {
-  __shared__ alignas(kAccessBytes) float shared[kSharedFloats];
+  alignas(kAccessBytes) __shared__ float shared[kSharedFloats];
   constexpr int64_t warps = kThreads / kWarpThreads;
   const int64_t blocks = gridDim.x, layers = epoch.layer_count, steps = ceil_div(epoch.samples, epoch.batch_size);
   const int warp = int(threadIdx.x) / kWarpThreads;

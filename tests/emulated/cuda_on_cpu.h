@@ -19,12 +19,14 @@
 #undef __global__
 #undef __grid_constant__
 #undef __launch_bounds__
+#undef __noinline__
 #undef __restrict__
 #undef __shared__
 #define __device__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__
 #define __restrict__ __restrict
 #define __shared__ static  // one block at a time, which keeps nothing there at barriers of the grid
 
