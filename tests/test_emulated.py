@@ -228,7 +228,9 @@ def test_linear_act(emulated, dtype, batch, ins, outs, activation):
 def test_train_epoch(emulated, widths, count, batch_size, activation, momentum, decay, bias):
     """The kernel of small networks, against the CPU's in float64."""
     sizes = [size for ins, outs in pairwise(widths) for size in ((outs, ins), (outs if bias else 0,))]
-    values = [torch.randn(size, dtype=torch.float64) / size[-1] ** 0.5 if size[-1] else torch.empty(0) for size in sizes]
+    values = [
+        torch.randn(size, dtype=torch.float64) / size[-1] ** 0.5 if size[-1] else torch.empty(0) for size in sizes
+    ]
     velocities = [torch.randn(size) / 10 for size in sizes] if momentum else []
     pixels = torch.randint(256, (count + 5, widths[0]), dtype=torch.uint8)
     labels, order = torch.randint(widths[-1], (count + 5,)), torch.randperm(count + 5)[:count]

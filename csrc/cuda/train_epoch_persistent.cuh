@@ -112,7 +112,8 @@ __device__ void dispatch_tile(int tile, const Body& body) {
   }
 }
 
-// A matrix (rows, depth), or its transpose in memory: (depth, rows). A row of ones may follow; ones is null or has 1.
+// A matrix (rows, depth), or its transpose in memory: (depth, rows), which a row of ones may follow; ones is null or
+// points to a 1.
 template <bool is_transposed_>
 struct Operand {
   static constexpr bool is_transposed = is_transposed_;
@@ -139,21 +140,29 @@ struct Panel {
     row = Operand::is_transposed ? thread % size : of_sector % size;
     k = Operand::is_transposed ? thread / size : thread % kSectorFloats + of_sector / size * kSectorFloats;
     const int64_t at = first_row + row;
+    const bool is_ones = Operand::is_transposed && at >= self.rows;
     is_inside = at < self.all_rows();
-    const bool is_ones = at >= self.rows;
     line = is_ones ? self.ones : self.data + at * (Operand::is_transposed ? 1 : self.stride);
-    stride = is_ones ? 0 : Operand::is_transposed ? self.stride : 1;
+    stride = is_ones ? 0 : self.stride;
   }
 
-  // Past the first-level cache, for other blocks write what is read.
+  // Past the first-level cache, for other blocks write what is read. A whole panel takes no comparisons.
   __device__ void fetch(int64_t begin, int64_t end) {
-    const int64_t left = is_inside ? end - begin - k : 0;
-    const float* at = line + (begin + k) * stride;
-    const int64_t step_stride = step * stride;
+    const int64_t along = Operand::is_transposed ? stride : 1, step_stride = step * along;
+    const int left = end - begin < depth ? int(end - begin) : depth;
+    const float* at = line + (begin + k) * along;
+    if (is_inside && left == depth) {
 #pragma unroll
-    for (int n = 0; n < count; ++n) {
-      values[n] = n * step < left ? __ldcg(at) : 0.0f;
-      at += step_stride;
+      for (int n = 0; n < count; ++n) {
+        values[n] = __ldcg(at);
+        at += step_stride;
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        values[n] = is_inside && k + n * step < left ? __ldcg(at) : 0.0f;
+        at += step_stride;
+      }
     }
   }
 
@@ -198,8 +207,10 @@ __device__ __noinline__ void tile_product(float* shared, Left left, Right right,
     left_panel.put(left_shared);
     right_panel.put(right_shared);
     __syncthreads();
-    left_panel.fetch(begin + panel_depth, depth);  // while this panel is multiplied
-    right_panel.fetch(begin + panel_depth, depth);
+    if (begin + panel_depth < depth) {  // while this panel is multiplied
+      left_panel.fetch(begin + panel_depth, depth);
+      right_panel.fetch(begin + panel_depth, depth);
+    }
     const int count = depth - begin < panel_depth ? int(depth - begin) : panel_depth;
 #pragma unroll 4
     for (int k = group; k < count; k += groups) {
