@@ -180,6 +180,15 @@ def test_cross_entropy_probabilities(emulated, dtype, classes):
             assert error <= tolerance * truth.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("classes", [67, 128])
+def test_the_sum_of_a_row_is_as_exact_where_few_threads_share_it(emulated, classes):
+    """Its error is in every gradient of the row."""
+    input = 3 * torch.randn(1000, classes)
+    _, (maximum, sum) = emulated.cross_entropy_probabilities(input, torch.rand(1000, classes), "none")
+    exact = (input.double() - maximum.double()[:, None]).exp().sum(1)
+    assert (sum / exact - 1).square().mean().sqrt() <= 0.5 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("factor", [torch.inf, -torch.inf, torch.nan])
 def test_upstream_gradients_that_are_not_finite(emulated, factor):
     input, target = torch.randn(7, 5, requires_grad=True), torch.randint(5, (7,))

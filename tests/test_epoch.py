@@ -41,7 +41,7 @@ def stock_epochs(model, images, labels, orders, batch_size, dtype, rates, moment
         layers += [STOCK[layer.activation]()]
     twin = torch.nn.Sequential(*layers)
     twin.load_state_dict(model.state_dict())
-    twin.to(dtype)
+    twin.to(images.device, dtype)
     optimizer = torch.optim.SGD(twin.parameters(), lr=1.0, momentum=momentum, weight_decay=decay)
     input = images.to(dtype) * scale + shift
     losses = []
@@ -55,7 +55,7 @@ def stock_epochs(model, images, labels, orders, batch_size, dtype, rates, moment
             optimizer.step()
             total += loss.item() * len(index)
         losses.append(total / len(order))
-    return [parameter.detach() for parameter in twin.parameters()], losses
+    return [parameter.detach().cpu() for parameter in twin.parameters()], losses
 
 
 def check_against_stock(
@@ -84,13 +84,12 @@ def check_against_stock(
     orders = [torch.randperm(count, generator=generator) for _ in range(epochs)]
     model = nn.MLP(widths[0], widths[1:-1], widths[-1], activation, bias)
     start = [parameter.detach().double() for parameter in model.parameters()]
-    arguments = (images, labels, orders, batch_size)
     options = (rates, momentum, decay, scale, shift)
-    truth, true_losses = stock_epochs(model, *arguments, torch.float64, *options)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        eager, _ = stock_epochs(model, *arguments, dtype, *options)
+    truth, true_losses = stock_epochs(model, images, labels, orders, batch_size, torch.float64, *options)
     model.to(device, dtype)
     images, labels, orders = images.to(device), labels.to(device), [order.to(device) for order in orders]
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        eager, _ = stock_epochs(model, images, labels, orders, batch_size, dtype, *options)
     settings_ = {"momentum": momentum, "weight_decay": decay, "scale": scale, "shift": shift, "engine": "epoch"}
     settings_["precision"] = precision
     rounding = torch.finfo(torch.bfloat16 if precision == "bf16" else dtype).eps

@@ -37,6 +37,19 @@ __device__ compute exp_of(compute x) {
   }
 }
 
+// By halves: fewer roundings follow each other than one after another.
+template <int count, typename compute>
+__device__ compute tree_sum(compute (&values)[count]) {
+#pragma unroll
+  for (int half = count / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      values[j] += values[j + half];
+    }
+  }
+  return values[0];
+}
+
 // The maximum m of a row, and sum_c exp(x_c - m). A row that holds NaN or +inf, or nothing but -inf, has NaN for the
 // latter, and so for loss and gradient, as in torch; one of no classes has -inf and 0.
 template <int lanes, typename scalar_t, typename compute = compute_t<scalar_t>>
@@ -51,11 +64,12 @@ __device__ void row_softmax(const scalar_t* x, int64_t phase, int64_t classes, i
       grown = std::fmax(grown, compute(value));
     }
     const compute shift = shift_of(grown);
-    partial *= exp_of<scalar_t>(running - shift);
+    compute exps[at.width];
 #pragma unroll
-    for (const auto& value : pack.values) {
-      partial += exp_of<scalar_t>(compute(value) - shift);
+    for (int j = 0; j < at.width; ++j) {
+      exps[j] = exp_of<scalar_t>(compute(pack.values[j]) - shift);
     }
+    partial = partial * exp_of<scalar_t>(running - shift) + tree_sum(exps);
     running = grown;
   });
   maximum = lanes_reduce<lanes>(running, Max{});

@@ -224,9 +224,9 @@ Tensor train_epoch_cuda(const Tensor& images, const Tensor& labels, const Tensor
     parameters += weight.numel();
   }
   // A graph that is being captured could not copy the rates from the memory of the CPU.
-  if (weights[0].scalar_type() == ScalarType::Float && !bfloat16 &&
-      fits_persistent(int64_t(weights.size()), weights.back().size(0), std::min(batch_size, order.numel()),
-                      parameters) &&
+  if (weights[0].scalar_type() == ScalarType::Float &&
+      fits_persistent(int64_t(weights.size()), weights.back().size(0), std::min(batch_size, order.numel()), parameters,
+                      bfloat16) &&
       (has_one_rate || !is_capturing(current_stream(images)))) {
     if (const int64_t blocks = persistent_blocks(images.get_device_index())) {
       return train_persistent(images, labels, order, weights, biases, velocities, activations, batch_size, lr,

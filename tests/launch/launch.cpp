@@ -303,10 +303,15 @@ void check_chunks() {
 // --- the kernel that trains a network alone ---
 
 void check_persistent() {
-  static_assert(fits_persistent(2, 10, 128, 784 * 128 + 128 * 10) && fits_persistent(8, 1024, 1024, 2 << 20));
-  static_assert(!fits_persistent(9, 10, 128, 1000) && !fits_persistent(2, 1025, 128, 1000));
-  static_assert(!fits_persistent(2, 10, 1025, 1000) && !fits_persistent(2, 10, 128, (2 << 20) + 1));
-  static_assert(!fits_persistent(2, 10, 0, 1000), "there is no first minibatch");
+  for (const bool bfloat16 : {false, true}) {
+    EXPECT(fits_persistent(2, 10, 128, 784 * 128 + 128 * 10, bfloat16), bfloat16);
+    EXPECT(fits_persistent(8, 1024, 1024, 1 << 17, bfloat16), bfloat16);
+    EXPECT(fits_persistent(2, 10, 1024, 2 << 20, bfloat16) == !bfloat16, bfloat16);
+    EXPECT(!fits_persistent(9, 10, 128, 1000, bfloat16) && !fits_persistent(2, 1025, 128, 1000, bfloat16), bfloat16);
+    EXPECT(!fits_persistent(2, 10, 1025, 1000, bfloat16), bfloat16);
+    EXPECT(!fits_persistent(2, 10, 128, (2 << 20) + 1, bfloat16), bfloat16);
+    EXPECT(!fits_persistent(2, 10, 0, 1000, bfloat16), bfloat16);  // there is no first minibatch
+  }
 
   // As many blocks as devices have multiprocessors.
   for (const int64_t blocks : {1, 7, 108, 132, 148}) {
