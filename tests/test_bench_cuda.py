@@ -13,6 +13,8 @@ import bench_cuda
 import bench_cuda_train
 import bench_graphs
 
+from torch_mlp import data
+
 LIMITS = {"bytes per second": 1e12, "operations per second": 1e14}
 
 
@@ -71,6 +73,19 @@ def test_training_and_wide(on_cpu, capsys):
     (wide,) = [row for row in rows if "of bf16 rate" in row]
     assert "random pixels" in capsys.readouterr().out
     assert " of bf16 rate " in bench_cuda.line(wide)
+
+
+def test_time_to_an_accuracy(on_cpu, monkeypatch):
+    digits = data.load("digits", "nowhere")
+    monkeypatch.setattr(bench_cuda_train, "SEEDS", 2)
+    monkeypatch.setattr(bench_cuda_train, "ACCURACY", 0.5)
+    row = bench_cuda_train.accuracy_row(digits)
+    times = row["microseconds"]
+    assert 0 < times["ours"] <= times["ours worst"]
+    assert row["ratio"] == times["eager"] / times["ours"]
+    monkeypatch.setattr(bench_cuda_train, "ACCURACY", 1.1)
+    with pytest.raises(RuntimeError, match=r"expected an accuracy of 1\.1, got 0\.\d+ with seed 0"):
+        bench_cuda_train.accuracy_row(digits)
 
 
 def test_linear_cross_entropy(on_cpu):
