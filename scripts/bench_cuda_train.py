@@ -139,7 +139,9 @@ def plan(options: argparse.Namespace, matrix_rate: float) -> list[Planned]:
             compiles = not options.no_compile and (widths, batch) == SHAPES[1]
             label = f"{'-'.join(map(str, widths))} / {batch}"
             rows.append(("train", label, dtype, partial(epoch_row, widths, batch, dtype, images, compiles)))
-        if dtype == torch.bfloat16 and not options.quick:
+        if options.quick:
+            continue
+        if dtype == torch.bfloat16:
             rows.append(("train", f"{'-'.join(map(str, WIDE))} / 4096", dtype, partial(wide_row, matrix_rate)))
         if dtype == torch.float32 and mnist:
             rows.append(("train", f"to {100 * ACCURACY:.1f} % of MNIST", dtype, partial(accuracy_row, mnist)))

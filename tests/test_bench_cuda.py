@@ -75,6 +75,18 @@ def test_training_and_wide(on_cpu, capsys):
     assert " of bf16 rate " in bench_cuda.line(wide)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_training_on_images_from_disk(on_cpu, monkeypatch, quick):
+    monkeypatch.setattr(bench_cuda_train, "mnist_of", lambda folder: data.load("digits", folder))
+    monkeypatch.setattr(bench_cuda_train, "SHAPES", (((64, 8, 10), 16), ((64, 8, 10), 32)))
+    monkeypatch.setattr(bench_cuda_train, "ACCURACY", 0.5)
+    options = argparse.Namespace(op="train", dtype="float32", quick=quick, no_compile=True, turns=3, data_dir="nowhere")
+    rows = bench_cuda.run(options)[1:]
+    labels = ["64-8-10 / 32"] if quick else ["64-8-10 / 16", "64-8-10 / 32", "to 50.0 % of MNIST"]
+    assert [row["shape"] for row in rows] == labels
+    assert all(row["microseconds"]["ours"] > 0 for row in rows), rows
+
+
 def test_time_to_an_accuracy(on_cpu, monkeypatch):
     digits = data.load("digits", "nowhere")
     monkeypatch.setattr(bench_cuda_train, "SEEDS", 2)

@@ -190,7 +190,7 @@ constexpr int64_t kMaxPersistentBatch = 1024;
 constexpr int64_t kMaxPersistentParameters = 2 << 20;
 
 // Where a step has so few multiplications, products in bfloat16 save no time: its single kernels take 150 us on an
-// H200, whatever they do, in which this kernel does more in float32.
+// H200, whatever they do. How many this kernel does meanwhile in float32 is counted, not measured.
 constexpr int64_t kMaxPersistentBfloat16 = 1 << 27;
 
 constexpr bool fits_persistent(int64_t layers, int64_t classes, int64_t batch, int64_t parameters, bool bfloat16) {

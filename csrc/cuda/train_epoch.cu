@@ -152,7 +152,7 @@ Tensor train_persistent(const Tensor& images, const Tensor& labels, const Tensor
   torch::stable::fill_(arrived, 0.0);
   Tensor rates = empty({has_one_rate ? 0 : lr.numel()}, ScalarType::Double, images);
   if (!has_one_rate) {
-    torch::stable::copy_(rates, lr);
+    torch::stable::copy_(rates, lr, true);  // else the host would wait; memory that is not pinned is read at once
   }
 
   const auto pointer = [](const Tensor& self) {
