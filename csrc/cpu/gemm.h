@@ -16,8 +16,8 @@
 // All of it is there for float and for bfloat16_pair, whose matrices hold two bfloat16 along the depth in an element,
 // so that the depth is half as long, and which are summed in float.
 //
-// The tiles' sums over a long depth are cut at about kTileDepth, for cache and for accuracy. Every element is summed in
-// the same order whichever thread computes it. For level.h.
+// The tiles' sums over a long depth are cut at about blocking().depth, for cache and for accuracy. Every element is
+// summed in the same order whichever thread computes it. For level.h.
 #pragma once
 
 #include "dots.h"
@@ -37,7 +37,7 @@ constexpr int64_t kBlockRows = 256;         // about, of a, beside a panel of b 
 constexpr int64_t kMinFetchRows = 48;       // of a, during which the next panel is worth fetching
 constexpr int64_t kMinSplitRows = 48;       // worth dividing among threads
 constexpr int64_t kMostPanelOutputs = 512;  // of W, which may be packed rather than those of x
-constexpr int64_t kCachedFloats = 1 << 16;  // of b, which stay in cache: a quarter of a megabyte
+constexpr int64_t kMinPackRows = 256;       // of a, for which copies are worth making where tiles are wide
 
 // --- product: c = a b or a^T b. A task is a row of tiles, or a panel of columns where there are few rows. ---
 
@@ -56,13 +56,23 @@ int64_t product_tasks(const Product<T>& self) {
 template <typename T>
 bool packs_a(const Product<T>& self) {
   constexpr int64_t most_lines = 64;  // which stay in the first-level cache from one tile to the next
-  return kPacksAllPanels && self.a_transposed && self.depth > most_lines && self.cols > kPanelCols;
+  const bool is_worth_it = kPacksAllPanels
+                               ? self.depth > most_lines
+                               : blocking().copies && self.depth > blocking().depth && self.rows >= kMinPackRows;
+  return is_worth_it && self.a_transposed && self.cols > kPanelCols;
+}
+
+// Rows a whole part of a page apart fall into a few sets of the first-level cache, those where c goes among them.
+template <typename T>
+bool packs_b(const Product<T>& self, int64_t rows) {
+  constexpr int64_t half_page = 2048 / sizeof(float);
+  return kPacksAllPanels || (blocking().copies && self.b.stride % half_page == 0 && rows >= kMinPackRows);
 }
 
 template <typename T>
 int64_t product_scratch(const Product<T>& self) {
   // Bounds of equal_part that do not fall with the depth: memory for a minibatch has to do for a shorter one.
-  const int64_t most_depth = min(self.depth, kTileDepth * 3 / 2), most_rows = min(self.rows, kBlockRows * 3 / 2);
+  const int64_t most_depth = min(self.depth, blocking().depth * 3 / 2), most_rows = min(self.rows, kBlockRows * 3 / 2);
   return most_depth * (kPanelCols + (packs_a(self) ? most_rows : 0));
 }
 
@@ -91,20 +101,18 @@ void pack(Rows<const T> b, int64_t depth, int64_t cols, T* panel) {
 // The rows of a, which is read down its columns, tile by tile.
 template <typename T>
 void pack_tiles(Broadcast<T> a, int64_t rows, int64_t depth, T* panel) {
-  for_each_tile(rows, [&](int64_t begin, int64_t end) {
+  const auto pack_tile = [&](int64_t begin, auto height) {
     T* to = panel + begin * depth;
     const T* from = a.data + begin;
-    const int64_t height = end - begin;
     for (int64_t p = 0; p < depth; ++p, to += height, from += a.depth_stride) {
-      if (end < rows) {
-        memcpy(to, from, kTileRows * sizeof(T));  // one element too many may be overwritten by what follows
-      } else {
-        for (int64_t i = 0; i < height; ++i) {
-          to[i] = from[i];
-        }
+      for (int64_t i = 0; i < height; ++i) {
+        to[i] = from[i];
       }
     }
-  });
+  };
+  for_each_tile(
+      rows, [&](int64_t begin) { pack_tile(begin, std::integral_constant<int64_t, kTileRows>{}); },
+      [&](int64_t begin, int64_t end) { pack_tile(begin, end - begin); });
 }
 
 // c = a b, or c += a b, of a column and a row: nothing but writing, which goes best along whole rows.
@@ -124,7 +132,8 @@ void outer_product(Broadcast<float> a, const float* b, Matrix c, int64_t rows, i
   }
 }
 
-// c += a b of some rows of b, along which it goes.
+// c += a b of some rows of b, along which it goes. Their sum is added to c, which has fewer roundings than one after
+// the other would.
 template <int depth>
 void add_rows(Broadcast<float> a, Rows<const float> b, float* c, int64_t cols) {
   const int64_t whole = whole_vectors(cols);
@@ -134,12 +143,19 @@ void add_rows(Broadcast<float> a, Rows<const float> b, float* c, int64_t cols) {
     element[p] = a.data[p * a.depth_stride];
   }
   const auto add = [&](int64_t j, auto is_whole) {
-    vec sum = load_some<is_whole.value>(c + j, cols - whole);
+    vec sum[depth];
     TORCH_MLP_UNROLL
     for (int p = 0; p < depth; ++p) {
-      sum += element[p] * load_some<is_whole.value>(b.data + p * b.stride + j, cols - whole);
+      sum[p] = element[p] * load_some<is_whole.value>(b.data + p * b.stride + j, cols - whole);
     }
-    store_some<is_whole.value>(c + j, sum, cols - whole);
+    TORCH_MLP_UNROLL
+    for (int half = depth / 2; half > 0; half /= 2) {
+      TORCH_MLP_UNROLL
+      for (int p = 0; p < half; ++p) {
+        sum[p] += sum[p + half];
+      }
+    }
+    store_some<is_whole.value>(c + j, load_some<is_whole.value>(c + j, cols - whole) + sum[0], cols - whole);
   };
   for (int64_t j = 0; j < whole; j += kLanes) {
     add(j, std::true_type{});
@@ -151,7 +167,7 @@ void add_rows(Broadcast<float> a, Rows<const float> b, float* c, int64_t cols) {
 
 // c = a b, or c += a b, of one row: nothing but reading b, which goes best along whole rows.
 void row_product(Broadcast<float> a, Rows<const float> b, float* c, int64_t depth, int64_t cols, bool accumulates) {
-  constexpr int together = 4;
+  constexpr int together = 8;
   if (!accumulates) {
     memset(c, 0, cols * sizeof(float));
   }
@@ -172,9 +188,10 @@ void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
   const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kPanelCols);
   // Where all of b stays in cache as it is, c is written row by row; else a part of a does, beside a panel of b.
   const int64_t b_cols = last_col - first_col;
-  const bool keeps_b = !kPacksAllPanels && b_cols % kLanes == 0 && self.depth * b_cols <= kCachedFloats;
+  const bool keeps_b = !kPacksAllPanels && b_cols % kLanes == 0 && self.depth * b_cols <= blocking().cached_floats;
+  const bool packs_panels = packs_b(self, last_row - first_row);
   const int64_t most_rows = keeps_b ? kTileRows : equal_part(last_row - first_row, kBlockRows);
-  const int64_t most_depth = equal_part(self.depth, kTileDepth);
+  const int64_t most_depth = equal_part(self.depth, blocking().depth);
   for (int64_t row = first_row; row < last_row; row += most_rows) {
     const int64_t rows = min(last_row - row, most_rows);
     const auto a = self.a_transposed ? Broadcast<T>{self.a.data + row, 1, self.a.stride}
@@ -185,7 +202,7 @@ void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
         (self.accumulates ? outer_product<true> : outer_product<false>)(a, self.b.data + first_col, c, rows, b_cols);
         continue;
       }
-      if (kPacksAllPanels && self.rows == 1) {
+      if (self.rows == 1) {
         row_product(a, {self.b.data + first_col, self.b.stride}, self.c.data + first_col, self.depth, b_cols,
                     self.accumulates);
         continue;
@@ -201,7 +218,7 @@ void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
       }
       for (int64_t panel = first_col; panel < last_col; panel += kPanelCols) {
         const int64_t panel_end = min(last_col, panel + kPanelCols);
-        const bool packs = kPacksAllPanels || (panel_end - panel) % kLanes;
+        const bool packs = packs_panels || (panel_end - panel) % kLanes;
         if (packs) {
           pack<T>({of_b + panel, self.b.stride}, depth, panel_end - panel, scratch);
         }
@@ -218,9 +235,11 @@ void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
           const Matrix c{self.c.data + row * self.c.stride + col, self.c.stride};
           const bool adds = p > 0 || self.accumulates;
           if (packs_a(self)) {
-            tiles(rows, depth, PackedTiles<T>{packed_a, depth}, b, c, cols, adds, ahead);
+            tiles<true>(rows, depth, PackedTiles<T>{packed_a, depth}, b, c, cols, adds, ahead);
+          } else if (self.a_transposed) {
+            tiles<true>(rows, depth, of_a, b, c, cols, adds, ahead);
           } else {
-            tiles(rows, depth, of_a, b, c, cols, adds, ahead);
+            tiles<false>(rows, depth, of_a, b, c, cols, adds, ahead);
           }
         }
       }
@@ -317,7 +336,7 @@ void linear_by_panels(const LinearForward<T, Out>& self, int64_t begin, int64_t 
   const int64_t first_rows = is_transposed ? shape.batch : shape.out_features;
   const int64_t other_rows = is_transposed ? shape.out_features : shape.batch;
   const int64_t tasks = ceil_div(other_rows, kLanes);  // of one panel
-  const int64_t depth = shape.in_features, most_depth = equal_part(depth, kTileDepth);
+  const int64_t depth = shape.in_features, most_depth = equal_part(depth, blocking().depth);
   while (begin < end) {
     const int64_t panel = begin / tasks, next = min(end, (panel + 1) * tasks), row = panel * kPanelCols;
     const int64_t rows = min(first_rows - row, kPanelCols), width = ceil_div(rows, kLanes) * kLanes;
@@ -335,8 +354,8 @@ void linear_by_panels(const LinearForward<T, Out>& self, int64_t begin, int64_t 
         const Broadcast<T> a{other.data + n * other.stride + p, other.stride, 1};
         for (int64_t j = 0; j < width; j += kTileCols) {
           const int64_t cols = min(width - j, kTileCols);
-          tiles<T>(count, min(depth - p, most_depth), a, {scratch + j * depth + p * cols, cols},
-                   {block.data + j, width}, cols, p > 0, {});
+          tiles<false, T>(count, min(depth - p, most_depth), a, {scratch + j * depth + p * cols, cols},
+                          {block.data + j, width}, cols, p > 0, {});
         }
       }
       const float* bias = self.bias ? self.bias + y_col : nullptr;

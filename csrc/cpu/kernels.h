@@ -64,6 +64,15 @@ struct Product {
   bool accumulates = false;  // c += the product
 };
 
+// How products are cut where that depends on the caches of the processor, see kernels.cpp.
+struct Blocking {
+  int64_t depth;          // of a tile, about
+  int64_t cached_floats;  // of b: where it has no more, c is written row by row, for b stays in cache
+  bool copies;            // operands that are unfavourably laid out, where they are used often
+};
+
+const Blocking& blocking();
+
 // Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and scratch memory for as
 // many elements as the *_scratch function says.
 template <typename T>
@@ -264,7 +273,7 @@ const ProductKernels<T>& product_kernels() {
 // Whose matrix products are the faster ones on this processor, as far as it was measured: see products.cpp.
 enum class Products {
   Kernels,         // AVX2 and AVX-512, but for Intel; and wherever a level is forced, to test and measure it
-  KernelsIfSmall,  // Intel's: MKL is tuned for them
+  KernelsIfSmall,  // Intel's: MKL is tuned for them, and the better one for gradients of large batches
   Library,         // the level "default": torch's library has kernels of its own for most processors
 };
 

@@ -51,9 +51,13 @@ struct KernelsWin {
 //                            batch 32 to 512  1.1 to 1.4   1.1 to 1.4    1.1 to 1.2
 //                            batch 4096       1.1 to 1.4   1.1 to 1.2    1.0 to 1.1
 //                            10 outputs       1.5 to 2.4   0.9 to 1.1    1.1 to 2.0
-//   Intel Sapphire Rapids    batch 8 to 128   1.1 to 1.5   0.8 to 1.0    0.8 to 0.95
-//                            batch 512        0.9 to 1.0   0.9 to 1.0    0.8 to 1.0
-//                            10 outputs       1.5 to 2.2   0.8 to 0.95   1.2 to 1.4
+//   Intel Emerald Rapids     batch 1          1.1 to 2.3   1.0 to 1.1    1.0 to 1.1
+//                            batch 8          1.4 to 2.4   0.9 to 1.0    0.9 to 1.2
+//                            batch 32, 64     1.2 to 1.8   0.9 to 1.2    0.8 to 1.05
+//                            batch 128 to 512 1.0 to 1.2   0.95 to 1.1   0.9 to 1.05
+//                            batch 1024       0.95 to 1.05 0.95 to 1.0   0.9 to 1.0
+//                            batch 4096       0.95 to 1.05 0.9 to 0.95   0.85 to 1.0
+//                            10 outputs       1.8 to 3.7   0.9 to 1.7    1.2 to 1.9
 // and AVX2:
 //   AMD Zen 3                batch 1          1.3 to 1.4   1.1 to 1.5    1.0 to 2.3
 //                            batch 8          1.2 to 1.8   0.95 to 1.2   0.8 to 1.4
@@ -70,8 +74,8 @@ KernelsWin kernels_win(const LinearShape& shape) {
   if (faster == Products::Kernels) {
     return {shape.in_features <= most_depth, shape.out_features <= most_depth, true};
   }
-  const bool has_few_outputs = shape.out_features <= 16;
-  return {has_few_outputs || shape.batch <= 128, false, has_few_outputs && shape.batch <= 1024};
+  return {shape.in_features <= most_depth, shape.out_features <= most_depth && shape.batch <= 512,
+          shape.batch <= 64 || shape.out_features <= 16};
 }
 
 // The same in bfloat16, identity for activation; elsewhere the library has all three. Its products run at 85 to 90 % of

@@ -11,7 +11,6 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 constexpr int kTileCols = kTileVectors * kLanes;
-constexpr int64_t kTileDepth = 256;  // about
 
 // total cut into equal parts of about that size.
 TORCH_MLP_INLINE int64_t equal_part(int64_t total, int64_t size) {
@@ -61,9 +60,9 @@ TORCH_MLP_INLINE void add_or_store(const vec (&sum)[rows][vectors], Matrix c, in
 }
 
 // c (rows, cols) = a b, or c += a b, with cols in the last of `vectors` vectors; b can be read in whole vectors.
-template <int rows, int vectors, typename T>
-__attribute__((noinline)) void tile(int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols,
-                                    bool accumulates) {
+// has_columns says that the row stride of a is 1.
+template <int rows, int vectors, bool has_columns, typename T>
+TORCH_MLP_INLINE void tile(int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols, bool accumulates) {
   // Where the sums will go is fetched meanwhile: with a short depth, waiting for it would take as long as the work.
   TORCH_MLP_UNROLL
   for (int i = 0; i < rows; ++i) {
@@ -73,7 +72,11 @@ __attribute__((noinline)) void tile(int64_t depth, Broadcast<T> a, Rows<const T>
     }
   }
   vec sum[rows][vectors] = {};
-  for (int64_t p = 0; p < depth; ++p, a.data += a.depth_stride, b.data += b.stride) {
+  // Addresses have a base, and once or twice an index: with two bases there are enough registers for all rows.
+  constexpr int half = rows / 2;
+  const int64_t row_stride = has_columns ? 1 : a.row_stride;
+  const T *upper = a.data, *lower = upper + half * row_stride;
+  for (int64_t p = 0; p < depth; ++p, upper += a.depth_stride, lower += a.depth_stride, b.data += b.stride) {
     vec b_row[vectors];
     TORCH_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
@@ -81,7 +84,7 @@ __attribute__((noinline)) void tile(int64_t depth, Broadcast<T> a, Rows<const T>
     }
     TORCH_MLP_UNROLL
     for (int i = 0; i < rows; ++i) {
-      const vec element = broadcast(a.data[i * a.row_stride]);
+      const vec element = broadcast(i < half ? upper[i * row_stride] : lower[(i - half) * row_stride]);
       TORCH_MLP_UNROLL
       for (int j = 0; j < vectors; ++j) {
         sum[i][j] = multiply_add<T>(element, b_row[j], sum[i][j]);
@@ -95,13 +98,14 @@ __attribute__((noinline)) void tile(int64_t depth, Broadcast<T> a, Rows<const T>
   }
 }
 
-template <int most_rows, int vectors, typename T>
-TORCH_MLP_INLINE void tile_of(int64_t rows, int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols,
-                              bool accumulates) {
+// A tile of fewer rows.
+template <int vectors, bool has_columns, int most_rows = kTileRows - 1, typename T>
+__attribute__((noinline)) void short_tile(int64_t rows, int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c,
+                                          int64_t cols, bool accumulates) {
   if (rows == most_rows) {
-    tile<most_rows, vectors>(depth, a, b, c, cols, accumulates);
+    tile<most_rows, vectors, has_columns>(depth, a, b, c, cols, accumulates);
   } else if constexpr (most_rows > 1) {
-    tile_of<most_rows - 1, vectors>(rows, depth, a, b, c, cols, accumulates);
+    short_tile<vectors, has_columns, most_rows - 1>(rows, depth, a, b, c, cols, accumulates);
   }
 }
 
@@ -121,32 +125,52 @@ TORCH_MLP_INLINE void fetch(const Ahead<T>& ahead, int64_t begin, int64_t end) {
   }
 }
 
-// Calls body(begin, end) for the tiles' rows, of about the same number each.
-template <typename Body>
-TORCH_MLP_INLINE void for_each_tile(int64_t rows, const Body& body) {
-  const int64_t count = ceil_div(rows, kTileRows);
-  for (int64_t t = 0, begin = 0; t < count; ++t) {
-    const int64_t end = rows * (t + 1) / count;
-    body(begin, end);
-    begin = end;
+// Calls whole(begin) for tiles of kTileRows rows, and part(begin, end) for what is left: a tile, or two of half the
+// rows.
+template <typename Whole, typename Part>
+TORCH_MLP_INLINE void for_each_tile(int64_t rows, const Whole& whole, const Part& part) {
+  int64_t begin = 0;
+  for (; rows - begin == kTileRows || rows - begin > 2 * (kTileRows - 1); begin += kTileRows) {
+    whole(begin);
+  }
+  const int64_t left = rows - begin, half = left > kTileRows ? begin + left / 2 : begin;
+  if (half > begin) {
+    part(begin, half);
+  }
+  if (rows > half) {
+    part(half, rows);
   }
 }
 
 // The tiles of one panel of at most kTileCols columns, one below the other. Meanwhile the next panel is fetched: its
 // rows lie too far apart for the processor to do so by itself.
-template <typename T, int vectors = kTileVectors, typename A>
+template <bool has_columns, typename T, int vectors = kTileVectors, typename A>
 void tiles(int64_t rows, int64_t depth, const A& a, Rows<const T> b, Matrix c, int64_t cols, bool accumulates,
            Ahead<T> ahead) {
   if constexpr (vectors > 1) {
     if (cols <= (vectors - 1) * kLanes) {
-      return tiles<T, vectors - 1>(rows, depth, a, b, c, cols, accumulates, ahead);
+      return tiles<has_columns, T, vectors - 1>(rows, depth, a, b, c, cols, accumulates, ahead);
     }
   }
-  for_each_tile(rows, [&](int64_t begin, int64_t end) {
-    fetch(ahead, ahead.rows * begin / rows, ahead.rows * end / rows);
-    tile_of<kTileRows, vectors, T>(end - begin, depth, a.rows(begin, end), b, {c.data + begin * c.stride, c.stride},
-                                   cols, accumulates);
-  });
+  const auto fetch_part = [&](int64_t begin, int64_t end) {
+    if (ahead.rows > 0) {
+      fetch(ahead, ahead.rows * begin / rows, ahead.rows * end / rows);
+    }
+  };
+  // Most tiles are computed here and not in a function, whose arguments would pass through memory: where they lie on
+  // a page as the sums do that are being written, the processor would wait for those.
+  for_each_tile(
+      rows,
+      [&](int64_t begin) {
+        fetch_part(begin, begin + kTileRows);
+        tile<kTileRows, vectors, has_columns>(depth, a.rows(begin, begin + kTileRows), b,
+                                              {c.data + begin * c.stride, c.stride}, cols, accumulates);
+      },
+      [&](int64_t begin, int64_t end) {
+        fetch_part(begin, end);
+        short_tile<vectors, has_columns>(end - begin, depth, a.rows(begin, end), b,
+                                         {c.data + begin * c.stride, c.stride}, cols, accumulates);
+      });
 }
 
 }  // namespace
