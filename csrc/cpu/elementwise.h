@@ -20,22 +20,32 @@ void activate(ActivationKind kind, T* y, int64_t count) {
   });
 }
 
-// A column of `vectors` vectors, so that the sums stay in registers.
+// A column of `vectors` vectors, so that the sums stay in registers. The rows below are fetched meanwhile, for the
+// processor does not see that they are next.
 template <ActivationKind kind, int vectors, typename T>
 void activation_backward_columns(Rows<const T> gy, Rows<const T> y, Rows<T> gz, double* sums, int64_t rows,
                                  int64_t cols) {
+  constexpr int64_t ahead = 6;  // rows
+  constexpr int line = 64 / sizeof(T);
   const bool is_whole = cols == vectors * kLanes;  // else there is one vector, and it is cols wide
   DoubleSum sum[vectors];
   for (int64_t i = 0; i < rows; ++i) {
     TORCH_MLP_UNROLL
     for (int j = 0; j < vectors; ++j) {
       const T *of_gy = gy.data + i * gy.stride + j * kLanes, *of_y = y.data + i * y.stride + j * kLanes;
+      T* to = gz.data ? gz.data + i * gz.stride + j * kLanes : nullptr;
+      if (j * kLanes % line == 0) {
+        __builtin_prefetch(of_gy + ahead * gy.stride);
+        __builtin_prefetch(of_y + ahead * y.stride);
+        if (to) {
+          __builtin_prefetch(to + ahead * gz.stride, 1);
+        }
+      }
       const vec grad = is_whole ? load(of_gy) : load_part(of_gy, cols);
       const vec value = activation_gradient<kind>(grad, is_whole ? load(of_y) : load_part(of_y, cols));
       sum[j].add(value);
-      if (gz.data) {
-        T* to = gz.data + i * gz.stride + j * kLanes;
-        is_whole ? store(to, value) : store_part(to, value, cols);
+      if (to) {
+        is_whole ? store_flushed(to, value) : store_part(to, value, cols);
       }
     }
   }
@@ -51,7 +61,7 @@ template <typename T>
 void activation_backward(ActivationKind kind, Rows<const T> gy, Rows<const T> y, Rows<T> gz, double* sums, int64_t rows,
                          int64_t cols) {
   dispatch(kind, [&](auto act) {
-    constexpr int vectors = 4;
+    constexpr int vectors = sizeof(T) == 2 && kLanes == 16 ? 8 : 4;  // two registers of sums each
     const auto columns = [&](int64_t j, auto count, int64_t width) {
       activation_backward_columns<act.value, count.value, T>({gy.data + j, gy.stride}, {y.data + j, y.stride},
                                                              {gz.data ? gz.data + j : gz.data, gz.stride},

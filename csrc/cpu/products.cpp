@@ -1,6 +1,6 @@
 // The three products of a linear layer on the CPU: by the vector kernels (gemm.h) or by torch's library.
 //
-// Fused: bias and activation follow the product on a block that is still in cache.
+// Fused: bias and activation follow the kernels' product on a block that is still in cache.
 // Whose product: kernels_win and bfloat16_kernels_win say where the vector kernels have it: for float32 mostly, for
 // bfloat16 (gemm_bfloat16.h) in small batches.
 // Threads: by parts of the result, so that every element is summed in the same order whichever thread does it. So the
@@ -20,10 +20,6 @@ using torch::headeronly::BFloat16;
 // Below this many elements, or multiplications, a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 18;
 constexpr int64_t kMultiplicationsPerThread = 1 << 23;
-
-// A block of the output that stays in the second-level cache between the library's product and the activation.
-constexpr int64_t kCacheBlockBytes = 1 << 20;
-constexpr int64_t kMinBlockRows = 256;  // fewer rows make the library pack the weight too often
 
 template <typename Activation, typename scalar_t>
 void activate(scalar_t* y, int64_t count) {
@@ -204,17 +200,12 @@ void product_by_kernels(const Bfloat16Product& product) {
   });
 }
 
+// In one product, for a library that packs the weight would do so for each part of it.
 template <typename Activation, typename scalar_t>
 void forward_by_library(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
-  const Tensor weight_t = transpose(weight);
-  const int64_t rows = y.size(0), cols = y.size(1);
-  const int64_t block_rows = std::max<int64_t>(kMinBlockRows, kCacheBlockBytes / (cols * int64_t(sizeof(scalar_t))));
-  for (int64_t begin = 0; begin < rows; begin += block_rows) {
-    const int64_t end = std::min(begin + block_rows, rows);
-    matmul_out(rows_of(y, begin, end), rows_of(x, begin, end), weight_t, bias);
-    if constexpr (!std::is_same_v<Activation, Identity>) {
-      activate<Activation>(y.mutable_data_ptr<scalar_t>() + begin * cols, (end - begin) * cols);
-    }
+  matmul_out(y, x, transpose(weight), bias);
+  if constexpr (!std::is_same_v<Activation, Identity>) {
+    activate<Activation>(y.mutable_data_ptr<scalar_t>(), y.numel());
   }
 }
 
