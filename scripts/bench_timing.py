@@ -1,5 +1,6 @@
 """How the benchmarks time: steps in turns, medians over the turns."""
 
+import random
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -31,16 +32,20 @@ def multiply_adds(rounds: int = 1_000_000) -> int:
 
 
 def medians(steps: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, float]:
-    """Seconds of each step: the median over turns in which each runs for about so many seconds."""
+    """Seconds of each step: the median over turns in which each runs for about so many seconds.
+
+    Each turn has an order of its own, for a step leaves its successor a cache and a clock rate to begin with.
+    """
     timers, counts = {}, {}
     for name, step in steps.items():
         timers[name] = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
         timers[name].timeit(2)
         counts[name] = max(1, round(seconds / timers[name].timeit(2).mean))
     times: dict[str, list[float]] = {name: [] for name in steps}
+    shuffled = random.Random(0)
     for _ in range(turns):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(counts[name]).mean)
+        for name in shuffled.sample(list(steps), len(steps)):
+            times[name].append(timers[name].timeit(counts[name]).mean)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
