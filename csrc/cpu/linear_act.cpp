@@ -22,7 +22,7 @@ namespace torch_mlp {
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
-constexpr int64_t kElementsPerThread = 1 << 18;
+constexpr int64_t kElementsPerThread = 1 << 17;
 
 // The partial sums of gb: at most this many, of at least so many rows each.
 constexpr int64_t kMaxSumBlocks = 64;
