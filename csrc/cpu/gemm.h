@@ -9,8 +9,8 @@
 //                                           in the first-level cache
 //             y = x W^T                     b = W^T, where W has fewer rows than x: the same without transposing back
 //
-// While the tiles of one panel of b are computed, the next is fetched: then it need not be packed, but for tiles that
-// are narrow (AVX2) or end within a vector. A few rows of x, or a few outputs, go by dot products along in_features
+// While the tiles of one panel of b are computed, the next is fetched: then it need not be packed, but see packs_b, and
+// where it ends within a vector. A few rows of x, or a few outputs, go by dot products along in_features
 // instead (dots.h).
 //
 // All of it is there for float and for bfloat16_pair, whose matrices hold two bfloat16 along the depth in an element,
@@ -27,10 +27,10 @@
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
 
-// A panel of b is as wide as one tile or as several: a is read once for all of them. A row of a narrow tile is one line
-// of the cache, or half of one, far from the next, so that with narrow tiles all panels are copied.
+// A panel of b is as wide as one tile or as several: a is read once for all of them. A row of a narrow tile (AVX2) is
+// one line of the cache, or half of one, far from the next.
 constexpr int64_t kPanelCols = max(64, kTileCols);
-constexpr bool kPacksAllPanels = kTileCols < kPanelCols;
+constexpr bool kHasNarrowTiles = kTileCols < kPanelCols;
 // Measured on AMD Zen 4, in rows but for the last:
 constexpr int64_t kFinishRows = 48;         // between the tiles and the activation
 constexpr int64_t kBlockRows = 256;         // about, of a, beside a panel of b in the second-level cache
@@ -56,7 +56,7 @@ int64_t product_tasks(const Product<T>& self) {
 template <typename T>
 bool packs_a(const Product<T>& self) {
   constexpr int64_t most_lines = 64;  // which stay in the first-level cache from one tile to the next
-  const bool is_worth_it = kPacksAllPanels
+  const bool is_worth_it = kHasNarrowTiles
                                ? self.depth > most_lines
                                : blocking().copies && self.depth > blocking().depth && self.rows >= kMinPackRows;
   return is_worth_it && self.a_transposed && self.cols > kPanelCols;
@@ -65,8 +65,9 @@ bool packs_a(const Product<T>& self) {
 // Rows a whole part of a page apart fall into a few sets of the first-level cache, those where c goes among them.
 template <typename T>
 bool packs_b(const Product<T>& self, int64_t rows) {
-  constexpr int64_t half_page = 2048 / sizeof(float);
-  return kPacksAllPanels || (blocking().copies && self.b.stride % half_page == 0 && rows >= kMinPackRows);
+  constexpr int64_t page = 4096 / sizeof(float);
+  return kHasNarrowTiles ? rows > (self.b.stride % page == 0 ? 8 : 64)
+                         : blocking().copies && self.b.stride % (page / 2) == 0 && rows >= kMinPackRows;
 }
 
 template <typename T>
@@ -188,7 +189,7 @@ void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
   const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kPanelCols);
   // Where all of b stays in cache as it is, c is written row by row; else a part of a does, beside a panel of b.
   const int64_t b_cols = last_col - first_col;
-  const bool keeps_b = !kPacksAllPanels && b_cols % kLanes == 0 && self.depth * b_cols <= blocking().cached_floats;
+  const bool keeps_b = !kHasNarrowTiles && b_cols % kLanes == 0 && self.depth * b_cols <= blocking().cached_floats;
   const bool packs_panels = packs_b(self, last_row - first_row);
   const int64_t most_rows = keeps_b ? kTileRows : equal_part(last_row - first_row, kBlockRows);
   const int64_t most_depth = equal_part(self.depth, blocking().depth);
