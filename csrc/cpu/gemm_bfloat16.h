@@ -90,9 +90,9 @@ TORCH_MLP_INLINE void round_sums(const vec (&sum)[rows][vectors], Rows<bfloat16_
   }
 }
 
-template <int rows, int vectors>
-__attribute__((noinline)) void bfloat16_tile(int64_t depth, Broadcast<bfloat16_pair> a, const bfloat16_pair* b,
-                                             const Bfloat16Sums& sums) {
+template <int rows, int vectors, bool has_columns>
+TORCH_MLP_INLINE void bfloat16_tile(int64_t depth, Broadcast<bfloat16_pair> a, const bfloat16_pair* b,
+                                    const Bfloat16Sums& sums) {
   vec sum[rows][vectors] = {};
   if (!sums.is_first) {
     TORCH_MLP_UNROLL
@@ -103,21 +103,7 @@ __attribute__((noinline)) void bfloat16_tile(int64_t depth, Broadcast<bfloat16_p
       }
     }
   }
-  for (int64_t p = 0; p < depth; ++p, a.data += a.depth_stride, b += vectors * kLanes) {
-    vec b_row[vectors];
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      b_row[j] = load(b + j * kLanes);
-    }
-    TORCH_MLP_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      const vec element = broadcast(a.data[i * a.row_stride]);
-      TORCH_MLP_UNROLL
-      for (int j = 0; j < vectors; ++j) {
-        sum[i][j] = multiply_add<bfloat16_pair>(element, b_row[j], sum[i][j]);
-      }
-    }
-  }
+  add_products<has_columns>(depth, a, Rows<const bfloat16_pair>{b, vectors * kLanes}, sum);
   if (sums.is_last) {
     round_sums(sum, sums.c, sums.cols - (vectors - 1) * kLanes);
   } else {
@@ -125,32 +111,34 @@ __attribute__((noinline)) void bfloat16_tile(int64_t depth, Broadcast<bfloat16_p
   }
 }
 
-template <int most_rows, int vectors>
-TORCH_MLP_INLINE void bfloat16_tile_of(int64_t rows, int64_t depth, Broadcast<bfloat16_pair> a, const bfloat16_pair* b,
-                                       const Bfloat16Sums& sums) {
+template <int vectors, bool has_columns, int most_rows = kTileRows - 1>
+__attribute__((noinline)) void short_bfloat16_tile(int64_t rows, int64_t depth, Broadcast<bfloat16_pair> a,
+                                                   const bfloat16_pair* b, const Bfloat16Sums& sums) {
   if (rows == most_rows) {
-    bfloat16_tile<most_rows, vectors>(depth, a, b, sums);
+    bfloat16_tile<most_rows, vectors, has_columns>(depth, a, b, sums);
   } else if constexpr (most_rows > 1) {
-    bfloat16_tile_of<most_rows - 1, vectors>(rows, depth, a, b, sums);
+    short_bfloat16_tile<vectors, has_columns, most_rows - 1>(rows, depth, a, b, sums);
   }
 }
 
-// The tiles of one panel, one below the other and of about the same height.
-template <int vectors = kTileVectors>
+// The tiles of one panel, one below the other.
+template <bool has_columns, int vectors = kTileVectors>
 void bfloat16_tiles(int64_t rows, int64_t depth, Broadcast<bfloat16_pair> a, const bfloat16_pair* b,
                     const Bfloat16Sums& sums) {
   if constexpr (vectors > 1) {
     if (sums.cols <= (vectors - 1) * kLanes) {
-      return bfloat16_tiles<vectors - 1>(rows, depth, a, b, sums);
+      return bfloat16_tiles<has_columns, vectors - 1>(rows, depth, a, b, sums);
     }
   }
-  const int64_t count = ceil_div(rows, kTileRows);
-  for (int64_t t = 0, begin = 0; t < count; ++t) {
-    const int64_t end = rows * (t + 1) / count;
-    bfloat16_tile_of<kTileRows, vectors>(
-        end - begin, depth, {a.data + begin * a.row_stride, a.row_stride, a.depth_stride}, b, sums.from_row(begin));
-    begin = end;
-  }
+  for_each_tile(
+      rows,
+      [&](int64_t begin) {
+        bfloat16_tile<kTileRows, vectors, has_columns>(depth, a.rows(begin, begin + kTileRows), b,
+                                                       sums.from_row(begin));
+      },
+      [&](int64_t begin, int64_t end) {
+        short_bfloat16_tile<vectors, has_columns>(end - begin, depth, a.rows(begin, end), b, sums.from_row(begin));
+      });
 }
 
 int64_t bfloat16_product_tasks(const Bfloat16Product& self) {
@@ -181,12 +169,16 @@ void bfloat16_product(const Bfloat16Product& self, int64_t begin, int64_t end, b
       for (int64_t j = 0; j < cols; j += kTileCols) {
         const int64_t width = min(cols - j, kTileCols), whole = ceil_div(width, kLanes) * kLanes;
         interleave_rows({self.b.data + p * self.b.stride + col + j, self.b.stride}, depth, width, {of_b, whole});
-        bfloat16_tiles(rows, pairs, {a.data, self.a_transposed ? 1 : a.stride, self.a_transposed ? a.stride : 1}, of_b,
-                       {{partial.data + j, partial.stride},
-                        p == 0,
-                        p + depth == self.depth,
-                        {self.c.data + row * self.c.stride + col + j, self.c.stride},
-                        width});
+        const Bfloat16Sums sums{{partial.data + j, partial.stride},
+                                p == 0,
+                                p + depth == self.depth,
+                                {self.c.data + row * self.c.stride + col + j, self.c.stride},
+                                width};
+        if (self.a_transposed) {
+          bfloat16_tiles<true>(rows, pairs, {a.data, 1, a.stride}, of_b, sums);
+        } else {
+          bfloat16_tiles<false>(rows, pairs, {a.data, a.stride, 1}, of_b, sums);
+        }
       }
     }
   }

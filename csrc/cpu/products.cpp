@@ -75,8 +75,9 @@ KernelsWin kernels_win(const LinearShape& shape) {
           shape.batch <= 64 || shape.out_features <= 16};
 }
 
-// The same in bfloat16, identity for activation; elsewhere the library has all three. Its products run at 85 to 90 % of
-// the peak once they are large, and write a large gradient of the weight faster.
+// The same in bfloat16, identity for activation, where the processor multiplies pairs; elsewhere the library has all
+// three. On AMD's processors its products run at 85 to 90 % of the peak once they are large, and it writes a large
+// gradient of the weight faster.
 //                                             forward      grad_input    grad_weight
 //   AMD Zen 5                batch 1, 8       0.5 to 1.5   1.2 to 2.2    0.9 to 1.5
 //                            batch 32         1.2 to 1.8   1.1 to 1.3    0.9 to 1.2
@@ -88,14 +89,25 @@ KernelsWin kernels_win(const LinearShape& shape) {
 //                            10 outputs       0.8 to 4.9   0.7 to 2.5    1.2 to 2.5
 // Of a few rows the forward pass wins with up to 256 outputs; grad_weight, from 512 rows down, where it has up to
 // 512 x 512 elements. 10 outputs of 4096 rows lose forward, and of 1024 in grad_input.
+// On Intel's with AMX its products take 20 us or more, and then run eight times as fast:
+//   Intel Emerald Rapids     to 2^19 multiplications
+//                              10 outputs     1.4 to 12    1.6 to 15     1.8 to 15
+//                              others         0.5 to 0.9   2.6 to 4.2    1.9 to 3.4
+//                            2^20             0.4 to 0.9   1.1 to 1.8    1.1 to 1.6
+//                            more             0.1 to 0.9   0.1 to 0.9    0.1 to 0.9
 KernelsWin bfloat16_kernels_win(const LinearShape& shape) {
   constexpr int64_t most_depth = 8192;  // bounds the panel, 64 rows of that many
-  if (!kernels().into_bfloat16.linear || faster_products() != Products::Kernels) {
+  if (!kernels().into_bfloat16.linear || faster_products() == Products::Library) {
     return {false, false, false};
   }
   const bool has_few_outputs = shape.out_features <= 16;
-  return {shape.in_features % 2 == 0 && shape.in_features <= most_depth && shape.batch <= 1024 &&
-              (shape.batch >= 16 || shape.out_features <= 256),
+  const bool has_pairs = shape.in_features % 2 == 0 && shape.in_features <= most_depth;
+  if (faster_products() == Products::KernelsIfSmall) {
+    const int64_t multiplications = shape.batch * shape.in_features * shape.out_features;
+    const bool is_small = multiplications <= 1 << 20;
+    return {has_pairs && has_few_outputs && multiplications <= 1 << 19, is_small, is_small};
+  }
+  return {has_pairs && shape.batch <= 1024 && (shape.batch >= 16 || shape.out_features <= 256),
           shape.batch <= (has_few_outputs ? 512 : 128),
           has_few_outputs || (shape.batch <= 512 && shape.in_features * shape.out_features <= 1 << 18)};
 }

@@ -59,19 +59,9 @@ TORCH_MLP_INLINE void add_or_store(const vec (&sum)[rows][vectors], Matrix c, in
   }
 }
 
-// c (rows, cols) = a b, or c += a b, with cols in the last of `vectors` vectors; b can be read in whole vectors.
-// has_columns says that the row stride of a is 1.
-template <int rows, int vectors, bool has_columns, typename T>
-TORCH_MLP_INLINE void tile(int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols, bool accumulates) {
-  // Where the sums will go is fetched meanwhile: with a short depth, waiting for it would take as long as the work.
-  TORCH_MLP_UNROLL
-  for (int i = 0; i < rows; ++i) {
-    TORCH_MLP_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      __builtin_prefetch(c.data + i * c.stride + j * kLanes, 1);
-    }
-  }
-  vec sum[rows][vectors] = {};
+// sum += a b; has_columns says that the row stride of a is 1.
+template <bool has_columns, int rows, int vectors, typename T>
+TORCH_MLP_INLINE void add_products(int64_t depth, Broadcast<T> a, Rows<const T> b, vec (&sum)[rows][vectors]) {
   // Addresses have a base, and once or twice an index: with two bases there are enough registers for all rows.
   constexpr int half = rows / 2;
   const int64_t row_stride = has_columns ? 1 : a.row_stride;
@@ -91,6 +81,22 @@ TORCH_MLP_INLINE void tile(int64_t depth, Broadcast<T> a, Rows<const T> b, Matri
       }
     }
   }
+}
+
+// c (rows, cols) = a b, or c += a b, with cols in the last of `vectors` vectors; b can be read in whole vectors.
+// has_columns says that the row stride of a is 1.
+template <int rows, int vectors, bool has_columns, typename T>
+TORCH_MLP_INLINE void tile(int64_t depth, Broadcast<T> a, Rows<const T> b, Matrix c, int64_t cols, bool accumulates) {
+  // Where the sums will go is fetched meanwhile: with a short depth, waiting for it would take as long as the work.
+  TORCH_MLP_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    TORCH_MLP_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      __builtin_prefetch(c.data + i * c.stride + j * kLanes, 1);
+    }
+  }
+  vec sum[rows][vectors] = {};
+  add_products<has_columns>(depth, a, b, sum);
   if (accumulates) {
     add_or_store<true>(sum, c, cols - (vectors - 1) * kLanes);
   } else {
