@@ -81,7 +81,8 @@ def test_accuracy(device, dtype, how, weighted, bias, outs, flat, rows):
     found, theirs = (values(f(**how, **options), tensors, grad_output) for f in (ours, eager))
     truth = values(eager(**how, **exact_options), exact, grad_output)
     for our, their, true in zip(found, theirs, truth, strict=True):
-        if our.numel() > 30:  # of fewer errors the mean square is one of luck
+        # Of fewer errors, or those that fewer targets have and pass on, the mean square is one of luck.
+        if min(our.numel(), tensors[3].numel()) > 30:
             assert_no_less_accurate(our, their, true)
         else:
             scale = 1 + true.abs().max()

@@ -1,4 +1,4 @@
-"""The threads and the memory of csrc/cpu/trainer.h under the compiler's sanitizers."""
+"""The threads and the memory of csrc/cpu/trainer.h, and the products' memory, under the compiler's sanitizers."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ CPU_SOURCES = TESTS.parent / "csrc" / "cpu"
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_trainer(sanitizer, compiler, tmp_path):
+def test_sanitized(sanitizer, compiler, tmp_path):
     # Checking addresses and undefined behaviour, the compiler takes minutes to optimize the kernels.
     level = "-O1" if sanitizer == "thread" else "-O0"
     flags = ["-std=c++17", level, "-g", "-w", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
@@ -21,22 +21,28 @@ def test_trainer(sanitizer, compiler, tmp_path):
     probe = ["-x", "c++", "-", "-o", str(tmp_path / "probe")]
     if subprocess.run([compiler, *flags, *probe], input="int main() {}", text=True, capture_output=True).returncode:
         pytest.skip(f"needs the sanitizers {sanitizer} of {compiler}")
-    sources = [TESTS / "sanitized" / "trainer.cpp", CPU_SOURCES / "kernels.cpp", *CPU_SOURCES.glob("level_*.cpp")]
-    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    levels = list(CPU_SOURCES.glob("level_*.cpp"))
+    programs = {"trained": [TESTS / "sanitized" / "trainer.cpp", CPU_SOURCES / "kernels.cpp", *levels]}
+    if sanitizer != "thread":  # this one has no threads
+        programs["multiplied"] = [TESTS / "sanitized" / "products.cpp", *levels]
+    objects = {source: tmp_path / f"{source.stem}.o" for sources in programs.values() for source in sources}
 
-    def compile_one(source, target):
-        return subprocess.run([compiler, *flags, "-c", source, "-o", target], capture_output=True, text=True)
+    def compile_one(source):
+        command = [compiler, *flags, "-c", source, "-o", objects[source]]
+        return subprocess.run(command, capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for compiled in pool.map(compile_one, sources, objects):
+        for compiled in pool.map(compile_one, objects):
             assert compiled.returncode == 0, compiled.stderr
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += [f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-pthread"]
-    program = tmp_path / "trainer"
-    linked = subprocess.run([compiler, *flags, *objects, "-o", program, *libraries], capture_output=True, text=True)
-    assert linked.returncode == 0, linked.stderr
     # What torch's libraries keep until the end is not ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    finished = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
-    assert finished.stdout == "trained\n"
+    for output, sources in programs.items():
+        program = tmp_path / output
+        command = [compiler, *flags, *(objects[source] for source in sources), "-o", program, *libraries]
+        linked = subprocess.run(command, capture_output=True, text=True)
+        assert linked.returncode == 0, linked.stderr
+        finished = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
+        assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
+        assert finished.stdout == f"{output}\n"

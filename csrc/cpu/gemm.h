@@ -9,8 +9,8 @@
 //                                           in the first-level cache
 //             y = x W^T                     b = W^T, where W has fewer rows than x: the same without transposing back
 //
-// While the tiles of one panel of b are computed, the next is fetched: then it need not be packed, but see packs_b, and
-// where it ends within a vector. A few rows of x, or a few outputs, go by dot products along in_features
+// While the tiles of one panel of b are computed, the next is fetched: then it need not be packed, but for what packs_b
+// says and where it ends within a vector. A few rows of x, or a few outputs, go by dot products along in_features
 // instead (dots.h).
 //
 // All of it is there for float and for bfloat16_pair, whose matrices hold two bfloat16 along the depth in an element,
@@ -31,7 +31,7 @@ namespace {
 // one line of the cache, or half of one, far from the next.
 constexpr int64_t kPanelCols = max(64, kTileCols);
 constexpr bool kHasNarrowTiles = kTileCols < kPanelCols;
-// Measured on AMD Zen 4, in rows but for the last:
+// Rows, measured on AMD Zen 4; the last on Intel Emerald Rapids:
 constexpr int64_t kFinishRows = 48;         // between the tiles and the activation
 constexpr int64_t kBlockRows = 256;         // about, of a, beside a panel of b in the second-level cache
 constexpr int64_t kMinFetchRows = 48;       // of a, during which the next panel is worth fetching
@@ -62,7 +62,8 @@ bool packs_a(const Product<T>& self) {
   return is_worth_it && self.a_transposed && self.cols > kPanelCols;
 }
 
-// Rows a whole part of a page apart fall into a few sets of the first-level cache, those where c goes among them.
+// Whether panels of b are copied for a product of so many rows. Rows of b that are a page apart, or half of one, fall
+// into a few sets of the first-level cache, those where c goes among them.
 template <typename T>
 bool packs_b(const Product<T>& self, int64_t rows) {
   constexpr int64_t page = 4096 / sizeof(float);

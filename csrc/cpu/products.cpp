@@ -216,10 +216,11 @@ void product_by_kernels(const Bfloat16Product& product) {
   });
 }
 
-// In one product, for a library that packs the weight would do so for each part of it.
+// In one product, for a library that packs the weight would do so for each part of it. y is seen as rows, so that its
+// version, which counts what torch writes in place, stays that of a new tensor.
 template <typename Activation, typename scalar_t>
 void forward_by_library(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y) {
-  matmul_out(y, x, transpose(weight), bias);
+  matmul_out(rows_of(y, 0, y.size(0)), x, transpose(weight), bias);
   if constexpr (!std::is_same_v<Activation, Identity>) {
     activate<Activation>(y.mutable_data_ptr<scalar_t>(), y.numel());
   }
