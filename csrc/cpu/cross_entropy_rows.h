@@ -20,7 +20,7 @@
 namespace torch_mlp {
 namespace {
 
-constexpr int64_t kElementsPerThread = 1 << 18;  // exponentials that pay for waking a thread: 0.1 ms
+constexpr int64_t kElementsPerThread = 1 << 16;  // exponentials that pay for waking a thread: 25 us
 constexpr int64_t kMaxSumBlocks = 64;            // of rows whose losses are summed
 constexpr int64_t kRowsAtOnce = 256;             // whose statistics stay in the first-level cache
 constexpr int64_t kElementsAtOnce = 1 << 16;     // logits that stay in the second-level cache

@@ -16,7 +16,7 @@
 // All of it is there for float and for bfloat16_pair, whose matrices hold two bfloat16 along the depth in an element,
 // so that the depth is half as long, and which are summed in float.
 //
-// The tiles' sums over a long depth are cut at about blocking().depth, for cache and for accuracy. Every element is
+// The tiles' sums over a long depth are cut at about tuning().depth, for cache and for accuracy. Every element is
 // summed in the same order whichever thread computes it. For level.h.
 #pragma once
 
@@ -58,7 +58,7 @@ bool packs_a(const Product<T>& self) {
   constexpr int64_t most_lines = 64;  // which stay in the first-level cache from one tile to the next
   const bool is_worth_it = kHasNarrowTiles
                                ? self.depth > most_lines
-                               : blocking().copies && self.depth > blocking().depth && self.rows >= kMinPackRows;
+                               : tuning().copies && self.depth > tuning().depth && self.rows >= kMinPackRows;
   return is_worth_it && self.a_transposed && self.cols > kPanelCols;
 }
 
@@ -68,13 +68,13 @@ template <typename T>
 bool packs_b(const Product<T>& self, int64_t rows) {
   constexpr int64_t page = 4096 / sizeof(float);
   return kHasNarrowTiles ? rows > (self.b.stride % page == 0 ? 8 : 64)
-                         : blocking().copies && self.b.stride % (page / 2) == 0 && rows >= kMinPackRows;
+                         : tuning().copies && self.b.stride % (page / 2) == 0 && rows >= kMinPackRows;
 }
 
 template <typename T>
 int64_t product_scratch(const Product<T>& self) {
   // Bounds of equal_part that do not fall with the depth: memory for a minibatch has to do for a shorter one.
-  const int64_t most_depth = min(self.depth, blocking().depth * 3 / 2), most_rows = min(self.rows, kBlockRows * 3 / 2);
+  const int64_t most_depth = min(self.depth, tuning().depth * 3 / 2), most_rows = min(self.rows, kBlockRows * 3 / 2);
   return most_depth * (kPanelCols + (packs_a(self) ? most_rows : 0));
 }
 
@@ -190,10 +190,10 @@ void product(const Product<T>& self, int64_t begin, int64_t end, T* scratch) {
   const int64_t last_col = by_rows ? self.cols : min(self.cols, end * kPanelCols);
   // Where all of b stays in cache as it is, c is written row by row; else a part of a does, beside a panel of b.
   const int64_t b_cols = last_col - first_col;
-  const bool keeps_b = !kHasNarrowTiles && b_cols % kLanes == 0 && self.depth * b_cols <= blocking().cached_floats;
+  const bool keeps_b = !kHasNarrowTiles && b_cols % kLanes == 0 && self.depth * b_cols <= tuning().cached_floats;
   const bool packs_panels = packs_b(self, last_row - first_row);
   const int64_t most_rows = keeps_b ? kTileRows : equal_part(last_row - first_row, kBlockRows);
-  const int64_t most_depth = equal_part(self.depth, blocking().depth);
+  const int64_t most_depth = equal_part(self.depth, tuning().depth);
   for (int64_t row = first_row; row < last_row; row += most_rows) {
     const int64_t rows = min(last_row - row, most_rows);
     const auto a = self.a_transposed ? Broadcast<T>{self.a.data + row, 1, self.a.stride}
@@ -338,7 +338,7 @@ void linear_by_panels(const LinearForward<T, Out>& self, int64_t begin, int64_t 
   const int64_t first_rows = is_transposed ? shape.batch : shape.out_features;
   const int64_t other_rows = is_transposed ? shape.out_features : shape.batch;
   const int64_t tasks = ceil_div(other_rows, kLanes);  // of one panel
-  const int64_t depth = shape.in_features, most_depth = equal_part(depth, blocking().depth);
+  const int64_t depth = shape.in_features, most_depth = equal_part(depth, tuning().depth);
   while (begin < end) {
     const int64_t panel = begin / tasks, next = min(end, (panel + 1) * tasks), row = panel * kPanelCols;
     const int64_t rows = min(first_rows - row, kPanelCols), width = ceil_div(rows, kLanes) * kLanes;

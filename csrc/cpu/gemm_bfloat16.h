@@ -51,7 +51,7 @@ struct Bfloat16Blocks {
 
   explicit Bfloat16Blocks(const Bfloat16Product& of)
       : rows(equal_part(of.rows, kBfloat16BlockRows)),
-        depth(equal_part(ceil_div(of.depth, 2), blocking().depth)),
+        depth(equal_part(ceil_div(of.depth, 2), tuning().depth)),
         // An odd number of cache lines, so that a column does not fall into a few sets of a cache.
         a_stride((ceil_div((of.a_transposed ? rows : depth + 1), 16) | 1) * 16) {}
 

@@ -66,10 +66,11 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const Blocking& blocking() {
+const Tuning& tuning() {
   // Measured on AMD Zen 4 with AVX-512 and Zen 3 with AVX2, and on Intel Emerald Rapids with AVX-512. Intel's
-  // first-level cache holds a panel of 128 rows and gets its lines from the second at half of the speed.
-  static const Blocking chosen = is_intel() ? Blocking{128, 0, true} : Blocking{256, 1 << 16, false};
+  // first-level cache holds a panel of 128 rows and gets its lines from the second at half of the speed; and lines that
+  // are fetched to be written keep it from those that it reads.
+  static const Tuning chosen = is_intel() ? Tuning{128, 0, true, false} : Tuning{256, 1 << 16, false, true};
   return chosen;
 }
 

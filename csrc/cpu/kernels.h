@@ -64,14 +64,16 @@ struct Product {
   bool accumulates = false;  // c += the product
 };
 
-// How products are cut where that depends on the caches of the processor, see kernels.cpp.
-struct Blocking {
+// What depends on the caches of the processor, see kernels.cpp. How products are cut:
+struct Tuning {
   int64_t depth;          // of a tile, about
   int64_t cached_floats;  // of b: where it has no more, c is written row by row, for b stays in cache
   bool copies;            // operands that are unfavourably laid out, where they are used often
+  // And whether lines that a softmax will write are fetched before.
+  bool fetches_gradient;
 };
 
-const Blocking& blocking();
+const Tuning& tuning();
 
 // Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and scratch memory for as
 // many elements as the *_scratch function says.

@@ -15,8 +15,9 @@ constexpr int64_t kRowsInLanes = 256;
 // Rows of so many logits take one step before the next where there are many classes: in softmax.h, as here.
 constexpr int64_t kElementsTogether = 1 << 12;
 
-// The logits that come next, and where their gradient will go if it is not null: fetched while the exponentials of the
-// present ones are computed, which leaves the memory idle. Fetching what lies behind the last row does no harm.
+// The logits that come next, and where their gradient will go, if anywhere and if that pays: fetched while the
+// exponentials of the present ones are computed, which leaves the memory idle. Fetching what lies behind the last row
+// does no harm.
 template <typename T>
 struct Next {
   const T* x;
@@ -25,7 +26,7 @@ struct Next {
   // After so many elements, but no further away than caches hold.
   static TORCH_MLP_INLINE Next after(const T* x, T* grad, int64_t elements) {
     const int64_t away = min(elements, kElementsTogether);
-    return {x + away, grad ? grad + away : nullptr};
+    return {x + away, grad && tuning().fetches_gradient ? grad + away : nullptr};
   }
 
   TORCH_MLP_INLINE Next from(int64_t at) const { return {x + at, grad ? grad + at : nullptr}; }

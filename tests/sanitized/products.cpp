@@ -12,7 +12,7 @@
 namespace torch_mlp {
 namespace {
 
-Blocking chosen;
+Tuning chosen;
 std::mt19937 generator(1);
 
 float small_integer() { return float(int(generator() % 5) - 2); }
@@ -164,7 +164,7 @@ std::vector<const Kernels*> levels() {
 
 }  // namespace
 
-const Blocking& blocking() { return chosen; }  // in place of that of kernels.cpp
+const Tuning& tuning() { return chosen; }  // in place of that of kernels.cpp
 
 }  // namespace torch_mlp
 
@@ -175,7 +175,7 @@ int main() {
   const Sizes shapes[] = {{1, 17, 300},  {1, 1024, 130}, {2, 64, 1},    {5, 33, 7},     {7, 100, 40},
                           {10, 64, 20},  {11, 64, 130},  {12, 512, 65}, {13, 1, 300},   {23, 15, 3},
                           {66, 512, 40}, {70, 1024, 9},  {300, 130, 3}, {257, 512, 40}, {260, 96, 300}};
-  for (const Blocking& cut : {Blocking{256, 1 << 16, false}, Blocking{128, 0, true}}) {
+  for (const Tuning& cut : {Tuning{256, 1 << 16, false, true}, Tuning{128, 0, true, false}}) {
     chosen = cut;
     for (const Kernels* kernels : levels()) {
       for (const Sizes& sizes : shapes) {
