@@ -64,7 +64,8 @@ bool packs_a(const Product<T>& self) {
 }
 
 // Whether panels of b are copied for a product of so many rows. Rows of b that are a page apart, or half of one, fall
-// into a few sets of the first-level cache, those where c goes among them.
+// into a few sets of the first-level cache, those where c goes among them. Narrow tiles gain by copies otherwise too,
+// but not for a few rows (measured with AVX2 on Intel Emerald Rapids).
 template <typename T>
 bool packs_b(const Product<T>& self, int64_t rows) {
   constexpr int64_t page = 4096 / sizeof(float);
