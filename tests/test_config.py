@@ -23,7 +23,7 @@ def test_show_config(capsys):
     assert lines["torch_mlp"] == torch_mlp.__version__
     assert lines["torch"] == torch.__version__
     assert lines["threads"] == str(torch.get_num_threads())
-    assert lines["cpu"].split()[0] in ("default", "avx2", "avx512", "avx512_bf16")
+    assert lines["cpu"].split()[0] in ("default", "avx2", "avx512", "avx512_bf16", "amx")
     assert lines["cuda"].startswith("kernels")
 
 

@@ -23,7 +23,7 @@ LEAST_NORMAL = 2.0**-126
 
 
 @pytest.mark.skipif(FORCED in os.environ, reason="is run at this instruction set by the same test without it")
-@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(level):
     # A forced level also takes the products that the library would compute, see kernels.cpp: so all three are run.
     environment = {**os.environ, FORCED: level}
@@ -407,4 +407,4 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 
 def test_capability_is_known():
     assert ops.cpu_capability() == (os.environ.get(FORCED) or ops.cpu_capability())
-    assert ops.cpu_capability() in ("default", "avx2", "avx512", "avx512_bf16")
+    assert ops.cpu_capability() in ("default", "avx2", "avx512", "avx512_bf16", "amx")

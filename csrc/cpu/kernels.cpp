@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "amx.h"
 
 namespace torch_mlp {
 namespace {
@@ -33,6 +34,7 @@ const Kernels& choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   // The best one comes last.
   const Level levels[] = {
@@ -40,7 +42,8 @@ const Kernels& choose() {
 #if defined(__x86_64__)
       {&level_avx2::kernels, has_avx2},
       {&level_avx512::kernels, has_avx512},
-      {&level_avx512_bf16::kernels, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&level_avx512_bf16::kernels, has_bf16},
+      {&level_amx::kernels, has_bf16 && has_amx()},
 #endif
   };
   const char* wanted = forced_level();

@@ -1,7 +1,7 @@
 // The vector kernels of the CPU: what the ops call through raw pointers, once for each instruction set.
 //
-// level_default.cpp, level_avx2.cpp, level_avx512.cpp and level_avx512_bf16.cpp compile the same sources (vector.h,
-// elementwise.h, gemm.h, softmax.h and so on) for one instruction set each, in a namespace of its own; kernels() gives
+// level_default.cpp, level_avx2.cpp, level_avx512.cpp, level_avx512_bf16.cpp and level_amx.cpp compile the same sources
+// (vector.h, elementwise.h, gemm.h, softmax.h and so on) for one instruction set each, in a namespace of its own; kernels() gives
 // the table of the best one that the processor has. Those files include no header of torch and no function of the
 // standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be one that only
 // some processors can run.
@@ -64,6 +64,13 @@ struct Product {
   bool accumulates = false;  // c += the product
 };
 
+// act(a b + bias), or that of c + a b, where floats are multiplied in parts, see gemm_amx.h.
+struct SplitProduct : Product<float> {
+  bool b_transposed = false;    // b is (cols, depth)
+  const float* bias = nullptr;  // (cols,) or null
+  ActivationKind activation = ActivationKind::Identity;
+};
+
 // What depends on the caches of the processor, see kernels.cpp. How products are cut:
 struct Tuning {
   int64_t depth;          // of a tile, about
@@ -104,6 +111,13 @@ struct Bfloat16Kernels {
   int64_t (*product_tasks)(const Bfloat16Product&);
   int64_t (*product_scratch)(const Bfloat16Product&);
   void (*product)(const Bfloat16Product&, int64_t begin, int64_t end, bfloat16_pair* scratch);
+};
+
+// Null where the processor has no matrix unit.
+struct SplitKernels {
+  int64_t (*product_tasks)(const SplitProduct&);
+  int64_t (*product_scratch)(const SplitProduct&);
+  void (*product)(const SplitProduct&, int64_t begin, int64_t end, bfloat16_pair* scratch);
 };
 
 template <typename T>
@@ -216,6 +230,7 @@ struct Kernels {
   ProductKernels<float> products_float;
   ProductKernels<bfloat16_pair> products_bfloat16;
   Bfloat16Kernels into_bfloat16;
+  SplitKernels split;
 
   ElementwiseKernels<float> elementwise_float;
   ElementwiseKernels<bfloat16_bits> elementwise_bfloat16;
@@ -257,9 +272,12 @@ extern const Kernels kernels;
 namespace level_avx512_bf16 {
 extern const Kernels kernels;
 }
+namespace level_amx {
+extern const Kernels kernels;
+}
 #endif
 
-// The table for this processor, or the one that TORCH_MLP_CPU_CAPABILITY (default, avx2, avx512 or avx512_bf16) names;
+// The table for this processor, or the one that TORCH_MLP_CPU_CAPABILITY (default, avx2, avx512, avx512_bf16 or amx) names;
 // chosen at the first call.
 const Kernels& kernels();
 

@@ -26,6 +26,9 @@ TORCH_MLP_PUSH_TARGET(TORCH_MLP_TARGET)
 #if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
 #include "gemm_bfloat16.h"
 #endif
+#if defined(TORCH_MLP_HAS_AMX)
+#include "gemm_amx.h"
+#endif
 #include "logistic.h"
 #include "peak.h"
 #include "pixels.h"
@@ -42,6 +45,11 @@ const Kernels kernels{
      product_tasks<bfloat16_pair>, product_scratch<bfloat16_pair>, product<bfloat16_pair>},
 #if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
     {linear<bfloat16_pair, bfloat16_bits>, bfloat16_product_tasks, bfloat16_product_scratch, bfloat16_product},
+#else
+    {},
+#endif
+#if defined(TORCH_MLP_HAS_AMX)
+    {split_product_tasks, split_product_scratch, split_product},
 #else
     {},
 #endif
