@@ -30,8 +30,8 @@ bool system_gives_amx() {
 }
 
 struct Trial {
-  SplitProduct product;
-  bfloat16_pair* scratch;
+  Product<float> product;
+  float* scratch;
 };
 
 int run_in_child(void* trial) {
@@ -39,7 +39,7 @@ int run_in_child(void* trial) {
     std::signal(signal, [](int) { _exit(1); });  // for the child alone; quietly, without a core dump
   }
   const auto& [product, scratch] = *static_cast<const Trial*>(trial);
-  level_amx::kernels.split.product(product, 0, 1, scratch);
+  level_amx::kernels.products_split.product(product, 0, 1, scratch);
   return 0;
 }
 
@@ -47,12 +47,8 @@ int run_in_child(void* trial) {
 bool child_multiplies() {
   const float two = 2, three = 3;
   float six = 0;
-  SplitProduct product{};
-  product.rows = product.cols = product.depth = 1;
-  product.a = {&two, 1};
-  product.b = {&three, 1};
-  product.c = {&six, 1};
-  std::vector<bfloat16_pair> scratch(level_amx::kernels.split.product_scratch(product));
+  const Product<float> product{1, 1, 1, {&two, 1}, false, {&three, 1}, {&six, 1}};
+  std::vector<float> scratch(level_amx::kernels.products_split.product_scratch(product));
   Trial trial{product, scratch.data()};
   std::vector<char> stack(256 << 10);
   const pid_t child = clone(run_in_child, stack.data() + stack.size(), CLONE_VM | CLONE_VFORK, &trial);

@@ -12,8 +12,18 @@
 // part is neither 0 nor between 2^-48 and 2^48 the tiles of gemm.h compute that part's products: elsewhere what is
 // taken for 0 is less than 2^-78 of the largest.
 //
-// A task is a band of c. Both operands are split a part of the depth at a time: a for a block of rows, b band by band,
-// so that they stay in the second-level cache. For level.h.
+// Of the two operands one is resident: a block of it is split beforehand and stays in the second-level cache. The other
+// streams past it band by band, the next of which is split while the unit multiplies: this takes no time of its own, for
+// the unit leaves the vector instructions to others, nor has the unit to wake up, which takes a microsecond or two after
+// a pause. The longer operand streams, unless it lies in memory transposed:
+//
+//   product                  streams    resident
+//   linear   y^T = W x^T     W          x^T
+//            y = x W^T       x          W^T
+//   product  gz W            W or gz    gz or W
+//   product  gz^T x          x          gz^T
+//
+// For level.h.
 #pragma once
 
 #include "gemm.h"
@@ -33,18 +43,22 @@ constexpr int kParts = 3;  // of a float
 constexpr int64_t kPartPairs = 2 * kTilePairs, kStepPairs = kParts * kPartPairs;
 
 // Measured on Emerald Rapids:
-constexpr int64_t kSplitRows = 320;   // about, of a, beside a band of b in the second-level cache
-constexpr int64_t kSplitDepth = 448;  // about
+constexpr int64_t kResidentLines = 256;  // about
+constexpr int64_t kSplitDepth = 640;     // about
 
 // An operand: element p along the depth of a line, a row of a or a column of b. One of the strides is 1.
 struct Lines {
   const float* data;
   int64_t line_stride, depth_stride;
 
-  Lines from(int64_t line, int64_t p) const {
+  TORCH_MLP_INLINE Lines from(int64_t line, int64_t p) const {
     return {data + line * line_stride + p * depth_stride, line_stride, depth_stride};
   }
 };
+
+Lines lines_of(ConstMatrix matrix, bool are_columns) {
+  return are_columns ? Lines{matrix.data, 1, matrix.stride} : Lines{matrix.data, matrix.stride, 1};
+}
 
 // The larger ones of two vectors of bfloat16 without their signs, which are doubled so.
 TORCH_MLP_INLINE vec_uint larger(vec_uint doubled, vec_uint pairs) {
@@ -108,7 +122,18 @@ TORCH_MLP_INLINE vec_uint split_tile(const Lines& of, int64_t lines, int64_t dep
   return most;
 }
 
-// Splits (lines, depth) of an operand, with zeros up to whole bands and steps. Whether the parts can do for it.
+// Whether the parts can do for these operands, see above.
+bool are_exact(vec_uint most) {
+  uint16_t largest = 0, each[2 * kLanes];
+  memcpy(each, &most, sizeof(each));
+  for (const uint16_t value : each) {
+    largest = value > largest ? value : largest;
+  }
+  constexpr uint16_t least = (127 - 48) << 8, too_large = (127 + 48) << 8;  // 2^-48 and 2^48 in bfloat16, doubled
+  return largest == 0 || (largest >= least && largest < too_large);
+}
+
+// Splits (lines, depth) of an operand, with zeros up to whole bands and steps. Whether the parts are exact.
 template <bool is_a, bool is_transposed>
 bool split(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to) {
   vec_uint most{};
@@ -126,14 +151,49 @@ bool split(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to) {
       }
     }
   }
-  uint16_t largest = 0, each[2 * kLanes];
-  memcpy(each, &most, sizeof(each));
-  for (const uint16_t value : each) {
-    largest = value > largest ? value : largest;
-  }
-  constexpr uint16_t least = (127 - 48) << 8, too_large = (127 + 48) << 8;  // 2^-48 and 2^48 in bfloat16, doubled
-  return largest == 0 || (largest >= least && largest < too_large);
+  return are_exact(most);
 }
+
+// Splits a band, which is not transposed, a few of the vectors at a time.
+template <bool is_a>
+class BandSplitter {
+ public:
+  // No lines: nothing to do.
+  BandSplitter(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to)
+      : of_(of), lines_(lines), depth_(depth), to_(to), whole_(lines == kBand ? depth / kTileDepth * kBand : 0) {}
+
+  // The vectors of a whole step are numbered through its two tiles.
+  TORCH_MLP_INLINE void split_some(int64_t count) {
+    for (const int64_t end = min(whole_, next_ + count); next_ < end; ++next_) {
+      const int64_t step = next_ / kBand, half = next_ / kTileSide % 2, i = next_ % kTileSide;
+      const Lines x = of_.from(half * kTileSide + (is_a ? i : 0), step * kTileDepth + (is_a ? 0 : i));
+      most_ = split_pairs(load(x.data), load(x.from(0, kTileSide).data),
+                          to_ + step * kStepPairs + half * kTilePairs + i * kTileSide, most_);
+    }
+  }
+
+  // The rest. Whether the parts are exact.
+  bool finish() {
+    split_some(whole_);
+    for (int64_t p = whole_ / kBand * kTileDepth; p < depth_ && lines_ > 0; p += kTileDepth) {
+      for (int64_t half = 0; half < 2; ++half) {
+        most_ = split_tile<is_a, false, false>(of_.from(half * kTileSide, p), lines_ - half * kTileSide, depth_ - p,
+                                               to_ + p / kTileDepth * kStepPairs + half * kTilePairs, most_);
+      }
+    }
+    return are_exact(most_);
+  }
+
+  int64_t whole() const { return whole_; }
+
+ private:
+  const Lines of_;
+  const int64_t lines_, depth_;
+  bfloat16_pair* const to_;
+  const int64_t whole_;  // vectors
+  int64_t next_ = 0;
+  vec_uint most_{};
+};
 
 // The shapes of the eight tiles, all of them whole.
 struct alignas(64) TileShapes {
@@ -144,9 +204,11 @@ struct alignas(64) TileShapes {
 // In memory throughout: the compiler does not know how much of it is read.
 constexpr TileShapes kTileShapes;
 
-// block (kBand, kBand) = the product of two bands, steps times kTileDepth deep.
-__attribute__((noinline)) void multiply_bands(const bfloat16_pair* a, const bfloat16_pair* b, int64_t steps,
-                                              float* block) {
+// block (kBand, kBand) = the product of two bands, steps times kTileDepth deep. Meanwhile a band of what streams is
+// split, so many vectors with every four tiles.
+template <typename Splitter>
+TORCH_MLP_INLINE void multiply_bands(const bfloat16_pair* a, const bfloat16_pair* b, int64_t steps, Matrix block, Splitter& next,
+                    int64_t vectors) {
   constexpr int64_t row_bytes = kTileSide * sizeof(float);
   // Tiles 0 to 3 hold the sums, 4 and 5 a part of a, 6 and 7 one of b.
   const auto load_a = [&](int part) {
@@ -162,6 +224,7 @@ __attribute__((noinline)) void multiply_bands(const bfloat16_pair* a, const bflo
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    next.split_some(vectors);
   };
   asm volatile("" ::: "memory");  // what was split is stored: the compiler does not know that loads of tiles read it
   _tile_zero(0);
@@ -184,136 +247,277 @@ __attribute__((noinline)) void multiply_bands(const bfloat16_pair* a, const bflo
     load_b(0);
     multiply();
   }
-  constexpr int64_t block_bytes = kBand * sizeof(float);
-  _tile_stored(0, block, block_bytes);
-  _tile_stored(1, block + kTileSide, block_bytes);
-  _tile_stored(2, block + kTileSide * kBand, block_bytes);
-  _tile_stored(3, block + kTileSide * kBand + kTileSide, block_bytes);
+  const int64_t stride = block.stride * sizeof(float);
+  float* const lower = block.data + kTileSide * block.stride;
+  _tile_stored(0, block.data, stride);
+  _tile_stored(1, block.data + kTileSide, stride);
+  _tile_stored(2, lower, stride);
+  _tile_stored(3, lower + kTileSide, stride);
 }
+constexpr int kGroupsOfStep = 6;  // of four tiles
 
-// c = act(block + bias), or the same of c + block; c may be block.
-template <ActivationKind kind, bool adds>
-void finish_block(ConstMatrix block, const float* bias, int64_t rows, int64_t cols, Matrix c) {
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int64_t left = min(cols - j, kLanes);
-    const vec of_bias = bias ? load_part(bias + j, left) : vec{};
-    for (int64_t i = 0; i < rows; ++i) {
-      float* to = c.data + i * c.stride + j;
-      vec z = load_part(block.data + i * block.stride + j, left);
-      if (adds) {
-        z += load_part(to, left);
-      }
-      store_part(to, activation<kind>(bias ? z + of_bias : z), left);
+// The lines of both operands that a thread multiplies, all of the depth.
+struct SplitWork {
+  Lines resident, streaming;
+  int64_t resident_begin, resident_end, streaming_begin, streaming_end, depth;
+
+  SplitWork(const Lines& resident, int64_t resident_lines, const Lines& streaming, int64_t streaming_lines,
+            int64_t depth, int64_t begin, int64_t end)
+      : resident(resident), streaming(streaming), resident_begin(0), resident_end(resident_lines), streaming_begin(0),
+        streaming_end(streaming_lines), depth(depth) {
+    if (resident_lines >= streaming_lines) {
+      resident_begin = begin * kBand;
+      resident_end = min(resident_lines, end * kBand);
+    } else {
+      streaming_begin = begin * kBand;
+      streaming_end = min(streaming_lines, end * kBand);
     }
   }
+};
+
+// A task is a band of the longer operand.
+int64_t split_tasks(int64_t resident_lines, int64_t streaming_lines) {
+  return ceil_div(max(resident_lines, streaming_lines), kBand);
 }
 
-// A part of a product: a (rows, depth), b (depth, cols).
+// A part of c and of the depth.
 struct SplitPart {
-  int64_t rows, cols, depth;
-  Lines a, b;
-  Matrix c;
-  bool adds;
-  // At the end of the depth, else null and Identity:
-  const float* bias;
-  ActivationKind activation;
+  int64_t row, rows, col, cols, p, depth;
+  bool is_first, is_last;  // of the depth
 };
 
-// By the tiles of gemm.h, which multiply floats.
-void multiply_floats(const SplitPart& self, float* scratch) {
-  const auto is_transposed = [](const Lines& of) { return of.line_stride == 1 && of.depth_stride != 1; };
-  const bool copies_b = !is_transposed(self.b);
-  const int64_t width = ceil_div(self.cols, kLanes) * kLanes;
-  if (copies_b) {
-    pack_transposed<float>({self.b.data, self.b.line_stride}, self.cols, self.depth, scratch);
-  }
-  const Product<float> exact{self.rows,
-                             self.cols,
-                             self.depth,
-                             {self.a.data, is_transposed(self.a) ? self.a.depth_stride : self.a.line_stride},
-                             is_transposed(self.a),
-                             copies_b ? ConstMatrix{scratch, width} : ConstMatrix{self.b.data, self.b.depth_stride},
-                             self.c,
-                             self.adds};
-  product(exact, 0, product_tasks(exact), scratch + self.depth * kBand);
-  dispatch(self.activation, [&](auto act) {
-    finish_block<act.value, false>(self.c, self.bias, self.rows, self.cols, self.c);
-  });
-}
+// Scratch memory, of floats or pairs: a block of the resident operand and two bands of the other, as large as they may
+// get, one block of the result, and what the products by floats need.
+struct SplitScratch {
+  int64_t most_lines, most_depth;
 
-// By the matrix unit, of operands that are split; b is one band.
-void multiply_split(const SplitPart& self, const bfloat16_pair* a, const bfloat16_pair* b, float* block) {
-  const int64_t steps = ceil_div(self.depth, kTileDepth);
-  dispatch(self.activation, [&](auto act) {
-    for (int64_t row = 0; row < self.rows; row += kBand, a += steps * kStepPairs) {
-      multiply_bands(a, b, steps, block);
-      (self.adds ? finish_block<act.value, true> : finish_block<act.value, false>)(
-          {block, kBand}, self.bias, min(self.rows - row, kBand), self.cols,
-          {self.c.data + row * self.c.stride, self.c.stride});
-    }
-  });
-}
+  SplitScratch(int64_t resident_lines, int64_t depth)
+      : most_lines(ceil_div(equal_part(resident_lines, kResidentLines), kBand) * kBand),
+        most_depth(ceil_div(equal_part(depth, kSplitDepth), kTileDepth) * kTileDepth) {}
 
-// What a thread cuts its part of a product into: whole bands and steps.
-struct SplitBlocks {
-  int64_t rows, depth;
-
-  explicit SplitBlocks(const SplitProduct& of)
-      : rows(ceil_div(equal_part(of.rows, kSplitRows), kBand) * kBand),
-        depth(ceil_div(equal_part(of.depth, kSplitDepth), kTileDepth) * kTileDepth) {}
-
-  int64_t band_pairs() const { return depth / kTileDepth * kStepPairs; }
-  int64_t a_pairs() const { return rows / kBand * band_pairs(); }
+  int64_t band() const { return most_depth / kTileDepth * kStepPairs; }
+  int64_t bands() const { return most_lines / kBand * band(); }
+  int64_t block() const { return bands() + 2 * band(); }
+  int64_t floats() const { return block() + kBand * kBand; }
+  int64_t size() const { return floats() + most_depth * (kBand + kPanelCols); }
 };
 
-bool is_split_by_rows(const SplitProduct& self) { return self.rows >= self.cols; }
-
-int64_t split_product_tasks(const SplitProduct& self) { return ceil_div(max(self.rows, self.cols), kBand); }
-
-// Two uses of the same memory: a band of b and a block of c, or what multiply_floats wants.
-int64_t split_product_scratch(const SplitProduct& self) {
-  const SplitBlocks blocks(self);
-  const Product<float> exact{blocks.rows, kBand, blocks.depth, self.a, self.a_transposed, self.b, self.c};
-  return blocks.a_pairs() +
-         max(blocks.band_pairs() + kBand * kBand, blocks.depth * kBand + product_scratch(exact));
-}
-
-void split_product(const SplitProduct& self, int64_t begin, int64_t end, bfloat16_pair* scratch) {
-  const bool by_rows = is_split_by_rows(self);
-  const int64_t first_row = by_rows ? begin * kBand : 0, last_row = by_rows ? min(self.rows, end * kBand) : self.rows;
-  const int64_t first_col = by_rows ? 0 : begin * kBand, last_col = by_rows ? self.cols : min(self.cols, end * kBand);
-  const auto lines = [](ConstMatrix of, bool by_columns) {
-    return by_columns ? Lines{of.data, 1, of.stride} : Lines{of.data, of.stride, 1};
-  };
-  const Lines all_a = lines(self.a, self.a_transposed), all_b = lines(self.b, !self.b_transposed);
-  const SplitBlocks blocks(self);
-  bfloat16_pair *const of_a = scratch, *const of_b = of_a + blocks.a_pairs();
-  float *const block = reinterpret_cast<float*>(of_b + blocks.band_pairs());
+// For each part of at most a band of rows and of columns, result.block(part) gets the sums and result.finish(part) is
+// called; or, where the sums would not be exact, result.multiply_floats(part) for all resident lines at once. Whether a
+// streams, or b; whether the resident operand is transposed.
+template <bool streams_a, bool is_transposed, typename Result>
+void multiply_split(const SplitWork& work, const SplitScratch& sizes, float* scratch, const Result& result) {
+  auto* const resident = reinterpret_cast<bfloat16_pair*>(scratch);
+  bfloat16_pair *streaming = resident + sizes.bands(), *next_streaming = streaming + sizes.band();
   _tile_loadconfig(&kTileShapes);
-  for (int64_t row = first_row; row < last_row; row += blocks.rows) {
-    for (int64_t p = 0; p < self.depth; p += blocks.depth) {
-      SplitPart part{};
-      part.rows = min(last_row - row, blocks.rows);
-      part.depth = min(self.depth - p, blocks.depth);
-      part.a = all_a.from(row, p);
-      part.adds = self.accumulates || p > 0;
-      const bool is_last = p + part.depth == self.depth;
-      part.activation = is_last ? self.activation : ActivationKind::Identity;
-      const bool splits_a = (self.a_transposed ? split<true, true> : split<true, false>)(part.a, part.rows, part.depth, of_a);
-      for (int64_t col = first_col; col < last_col; col += kBand) {
-        part.cols = min(last_col - col, kBand);
-        part.b = all_b.from(col, p);
-        part.c = {self.c.data + row * self.c.stride + col, self.c.stride};
-        part.bias = is_last && self.bias ? self.bias + col : nullptr;
-        if (splits_a && (self.b_transposed ? split<false, true> : split<false, false>)(part.b, part.cols, part.depth, of_b)) {
-          multiply_split(part, of_a, of_b, block);
+  for (int64_t line = work.resident_begin; line < work.resident_end; line += sizes.most_lines) {
+    const int64_t lines = min(work.resident_end - line, sizes.most_lines), bands = ceil_div(lines, kBand);
+    for (int64_t p = 0; p < work.depth; p += sizes.most_depth) {
+      const int64_t depth = min(work.depth - p, sizes.most_depth), steps = ceil_div(depth, kTileDepth);
+      const auto splitter = [&](int64_t band, bfloat16_pair* to) {
+        const int64_t band_lines = max(0, min(work.streaming_end - band, kBand));
+        return BandSplitter<streams_a>(work.streaming.from(band, p), band_lines, depth, to);
+      };
+      const bool resident_is_exact =
+          split<!streams_a, is_transposed>(work.resident.from(line, p), lines, depth, resident);
+      bool streaming_is_exact = splitter(work.streaming_begin, streaming).finish();
+      for (int64_t band = work.streaming_begin; band < work.streaming_end; band += kBand) {
+        const int64_t band_lines = min(work.streaming_end - band, kBand);
+        const auto part = [&](int64_t of_line, int64_t of_lines) {
+          const bool is_first = p == 0, is_last = p + depth == work.depth;
+          return streams_a ? SplitPart{band, band_lines, of_line, of_lines, p, depth, is_first, is_last}
+                           : SplitPart{of_line, of_lines, band, band_lines, p, depth, is_first, is_last};
+        };
+        auto next = splitter(band + kBand, next_streaming);
+        if (resident_is_exact && streaming_is_exact) {
+          const int64_t vectors = ceil_div(next.whole(), bands * steps * kGroupsOfStep);
+          for (int64_t i = 0; i < bands; ++i) {
+            const bfloat16_pair* const resident_band = resident + i * steps * kStepPairs;
+            const SplitPart block = part(line + i * kBand, min(lines - i * kBand, kBand));
+            multiply_bands(streams_a ? streaming : resident_band, streams_a ? resident_band : streaming, steps,
+                           result.block(block), next, vectors);
+            result.finish(block);
+          }
         } else {
-          multiply_floats(part, reinterpret_cast<float*>(of_b));
+          result.multiply_floats(part(line, lines));
         }
+        streaming_is_exact = next.finish();
+        bfloat16_pair* const other = streaming;
+        streaming = next_streaming;
+        next_streaming = other;
       }
     }
   }
   _tile_release();
+}
+
+// --- product: c = a b or a^T b. The longer operand streams, but not a^T. ---
+
+bool streams_a(const Product<float>& self) { return !self.a_transposed && self.rows > self.cols; }
+
+int64_t split_product_tasks(const Product<float>& self) { return split_tasks(self.rows, self.cols); }
+
+int64_t split_product_scratch(const Product<float>& self) {
+  return SplitScratch(streams_a(self) ? self.cols : self.rows, self.depth).size();
+}
+
+// c = act(sum + bias), or that of c + sum, of the first count elements.
+template <ActivationKind kind>
+TORCH_MLP_INLINE void finish_vector(vec sum, vec bias, bool adds, float* c, int64_t count) {
+  const vec z = adds ? load_part(c, count) + sum : sum;
+  store_part(c, activation<kind>(z + bias), count);
+}
+
+// The same of a block; bias may be null.
+template <ActivationKind kind>
+void finish_block(Matrix block, const float* bias, bool adds, int64_t rows, int64_t cols, Matrix c) {
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const int64_t left = min(cols - j, kLanes);
+    const vec of_bias = bias ? load_part(bias + j, left) : vec{};
+    for (int64_t i = 0; i < rows; ++i) {
+      const vec sum = load_part(block.data + i * block.stride + j, left);
+      finish_vector<kind>(sum, of_bias, adds, c.data + i * c.stride + j, left);
+    }
+  }
+}
+
+struct SplitProductResult {
+  const Product<float>& self;
+  Matrix spare_block;
+  float* scratch;
+
+  bool adds(const SplitPart& part) const { return self.accumulates || !part.is_first; }
+  Matrix c(const SplitPart& part) const {
+    return {self.c.data + part.row * self.c.stride + part.col, self.c.stride};
+  }
+  bool is_in_place(const SplitPart& part) const { return part.rows == kBand && part.cols == kBand && !adds(part); }
+
+  Matrix block(const SplitPart& part) const { return is_in_place(part) ? c(part) : spare_block; }
+
+  void finish(const SplitPart& part) const {
+    if (!is_in_place(part)) {
+      finish_block<ActivationKind::Identity>(spare_block, nullptr, adds(part), part.rows, part.cols, c(part));
+    }
+  }
+
+  void multiply_floats(const SplitPart& part) const {
+    const Lines a = lines_of(self.a, self.a_transposed).from(part.row, part.p);
+    const Product<float> of_floats{part.rows,
+                                   part.cols,
+                                   part.depth,
+                                   {a.data, self.a.stride},
+                                   self.a_transposed,
+                                   {self.b.data + part.p * self.b.stride + part.col, self.b.stride},
+                                   c(part),
+                                   adds(part)};
+    product(of_floats, 0, product_tasks(of_floats), scratch);
+  }
+};
+
+void split_product(const Product<float>& self, int64_t begin, int64_t end, float* scratch) {
+  const Lines a = lines_of(self.a, self.a_transposed), b = lines_of(self.b, true);
+  const SplitScratch sizes(streams_a(self) ? self.cols : self.rows, self.depth);
+  const SplitProductResult result{self, {scratch + sizes.block(), kBand}, scratch + sizes.floats()};
+  if (streams_a(self)) {
+    const SplitWork work(b, self.cols, a, self.rows, self.depth, begin, end);
+    multiply_split<true, false>(work, sizes, scratch, result);
+  } else {
+    const SplitWork work(a, self.rows, b, self.cols, self.depth, begin, end);
+    (self.a_transposed ? multiply_split<false, true, SplitProductResult>
+                       : multiply_split<false, false, SplitProductResult>)(work, sizes, scratch, result);
+  }
+}
+
+// --- linear: y = act(x W^T + b) where x streams; else y^T = act(W x^T + b), and W does. The longer one streams. ---
+
+bool streams_x(const LinearShape& shape) { return shape.batch > shape.out_features; }
+
+int64_t split_linear_tasks(const LinearShape& shape) { return split_tasks(shape.batch, shape.out_features); }
+
+int64_t split_linear_scratch(const LinearShape& shape) {
+  return SplitScratch(min(shape.batch, shape.out_features), shape.in_features).size();
+}
+
+// The same as finish_block, of a block of y^T.
+template <ActivationKind kind>
+void finish_transposed_block(Matrix block, const float* bias, bool adds, int64_t rows, int64_t cols, Matrix y) {
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const int64_t left = min(cols - j, kLanes);
+    const vec of_bias = bias ? load_part(bias + j, left) : vec{};
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      vec square[kLanes];
+      load_transposed<true>({block.data + j * block.stride + i, block.stride}, kLanes, kLanes, square);
+      TORCH_MLP_UNROLL
+      for (int l = 0; l < kLanes; ++l) {
+        if (i + l < rows) {
+          finish_vector<kind>(square[l], of_bias, adds, y.data + (i + l) * y.stride + j, left);
+        }
+      }
+    }
+  }
+}
+
+// Of parts of y, or of y^T.
+template <bool is_transposed>
+struct SplitLinearResult {
+  const LinearForward<float>& self;
+  Matrix spare_block;
+  float* scratch;
+
+  SplitPart of_y(const SplitPart& part) const {
+    return is_transposed
+               ? SplitPart{part.col, part.cols, part.row, part.rows, part.p, part.depth, part.is_first, part.is_last}
+               : part;
+  }
+  Matrix y(const SplitPart& part) const {
+    return {self.output.data + part.row * self.output.stride + part.col, self.output.stride};
+  }
+  const float* bias(const SplitPart& part) const {
+    return self.bias && part.is_last ? self.bias + part.col : nullptr;
+  }
+
+  Matrix block(const SplitPart&) const { return spare_block; }
+
+  void finish(const SplitPart& part) const {
+    const SplitPart to = of_y(part);
+    dispatch(to.is_last ? self.activation : ActivationKind::Identity, [&](auto act) {
+      (is_transposed ? finish_transposed_block<act.value> : finish_block<act.value>)(
+          spare_block, bias(to), !to.is_first, to.rows, to.cols, y(to));
+    });
+  }
+
+  void multiply_floats(const SplitPart& part) const {
+    SplitPart to = of_y(part);
+    for (const int64_t end = to.col + to.cols; to.col < end; to.col += kBand) {
+      to.cols = min(end - to.col, kBand);
+      pack_transposed<float>({self.weight.data + to.col * self.weight.stride + to.p, self.weight.stride}, to.cols,
+                             to.depth, scratch);
+      const ConstMatrix x{self.input.data + to.row * self.input.stride + to.p, self.input.stride};
+      const ConstMatrix transposed_weight{scratch, ceil_div(to.cols, kLanes) * kLanes};
+      const Product<float> of_floats{to.rows, to.cols, to.depth, x, false, transposed_weight, y(to), !to.is_first};
+      product(of_floats, 0, product_tasks(of_floats), scratch + kBand * to.depth);
+      if (to.is_last) {
+        dispatch(self.activation, [&](auto act) {
+          finish_block<act.value>(y(to), bias(to), false, to.rows, to.cols, y(to));
+        });
+      }
+    }
+  }
+};
+
+void split_linear(const LinearForward<float>& self, int64_t begin, int64_t end, float* scratch) {
+  const auto& [batch, ins, outs] = self.shape;
+  const Lines x = lines_of(self.input, false), w = lines_of(self.weight, false);
+  const SplitScratch sizes(min(batch, outs), ins);
+  const Matrix spare_block{scratch + sizes.block(), kBand};
+  float* const floats = scratch + sizes.floats();
+  if (streams_x(self.shape)) {
+    multiply_split<true, true>(SplitWork(w, outs, x, batch, ins, begin, end), sizes, scratch,
+                               SplitLinearResult<false>{self, spare_block, floats});
+  } else {
+    multiply_split<true, true>(SplitWork(x, batch, w, outs, ins, begin, end), sizes, scratch,
+                               SplitLinearResult<true>{self, spare_block, floats});
+  }
 }
 
 }  // namespace

@@ -64,13 +64,6 @@ struct Product {
   bool accumulates = false;  // c += the product
 };
 
-// act(a b + bias), or that of c + a b, where floats are multiplied in parts, see gemm_amx.h.
-struct SplitProduct : Product<float> {
-  bool b_transposed = false;    // b is (cols, depth)
-  const float* bias = nullptr;  // (cols,) or null
-  ActivationKind activation = ActivationKind::Identity;
-};
-
 // What depends on the caches of the processor, see kernels.cpp. How products are cut:
 struct Tuning {
   int64_t depth;          // of a tile, about
@@ -111,13 +104,6 @@ struct Bfloat16Kernels {
   int64_t (*product_tasks)(const Bfloat16Product&);
   int64_t (*product_scratch)(const Bfloat16Product&);
   void (*product)(const Bfloat16Product&, int64_t begin, int64_t end, bfloat16_pair* scratch);
-};
-
-// Null where the processor has no matrix unit.
-struct SplitKernels {
-  int64_t (*product_tasks)(const SplitProduct&);
-  int64_t (*product_scratch)(const SplitProduct&);
-  void (*product)(const SplitProduct&, int64_t begin, int64_t end, bfloat16_pair* scratch);
 };
 
 template <typename T>
@@ -228,9 +214,10 @@ struct Kernels {
   int64_t lanes;  // floats of a vector
 
   ProductKernels<float> products_float;
+  // By a matrix unit, see gemm_amx.h; all are null where the processor has none.
+  ProductKernels<float> products_split;
   ProductKernels<bfloat16_pair> products_bfloat16;
   Bfloat16Kernels into_bfloat16;
-  SplitKernels split;
 
   ElementwiseKernels<float> elementwise_float;
   ElementwiseKernels<bfloat16_bits> elementwise_bfloat16;

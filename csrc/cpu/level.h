@@ -41,15 +41,15 @@ const Kernels kernels{
     kLanes,
     {linear_tasks<float>, linear_scratch<float>, linear<float, float>, product_tasks<float>, product_scratch<float>,
      product<float>},
+#if defined(TORCH_MLP_HAS_AMX)
+    {split_linear_tasks, split_linear_scratch, split_linear, split_product_tasks, split_product_scratch, split_product},
+#else
+    {},
+#endif
     {linear_tasks<bfloat16_pair>, linear_scratch<bfloat16_pair>, linear<bfloat16_pair, float>,
      product_tasks<bfloat16_pair>, product_scratch<bfloat16_pair>, product<bfloat16_pair>},
 #if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
     {linear<bfloat16_pair, bfloat16_bits>, bfloat16_product_tasks, bfloat16_product_scratch, bfloat16_product},
-#else
-    {},
-#endif
-#if defined(TORCH_MLP_HAS_AMX)
-    {split_product_tasks, split_product_scratch, split_product},
 #else
     {},
 #endif

@@ -124,7 +124,7 @@ KernelsWin bfloat16_kernels_win(const LinearShape& shape) {
 // To split an element of an operand, or to finish one of the result, takes as long as about 32 multiplications; each
 // thread splits the whole of the smaller operand. What fills up the bands costs as much as what counts.
 bool matrix_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
-  if (!kernels().split.product) {
+  if (!kernels().products_split.product) {
     return false;
   }
   if (faster_products() == Products::Kernels) {  // for tests: only Intel's processors have this unit
@@ -182,13 +182,9 @@ int64_t grain_of(int64_t tasks, int64_t rows, int64_t cols, int64_t depth) {
   return std::max<int64_t>(1, kMultiplicationsPerThread * tasks / multiplications);
 }
 
-void product_by_matrix_unit(const SplitProduct& product) {
-  const SplitKernels& table = kernels().split;
-  const int64_t tasks = table.product_tasks(product);
-  const int64_t grain = grain_of(tasks, product.rows, product.cols, product.depth);
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    table.product(product, begin, end, scratch<Panel, bfloat16_pair>(table.product_scratch(product)));
-  });
+// The kernels for a product (rows, depth) times (depth, cols).
+const ProductKernels<float>& faster_kernels(int64_t rows, int64_t cols, int64_t depth) {
+  return matrix_unit_wins(rows, cols, depth) ? kernels().products_split : kernels().products_float;
 }
 
 void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -196,28 +192,22 @@ void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::op
   const LinearShape shape = linear_shape(input, weight);
   const Tensor x = with_adjacent_columns(input), w = with_adjacent_columns(weight);
   const std::optional<Tensor> b = bias ? std::optional(as_contiguous(*bias)) : std::nullopt;
-  const float* of_bias = b ? b->const_data_ptr<float>() : nullptr;
-  const Matrix y = matrix(output, shape.out_features);
-  if (matrix_unit_wins(shape.batch, shape.out_features, shape.in_features)) {
-    const Product<float> product{
-        shape.batch, shape.out_features, shape.in_features, const_matrix(x), false, const_matrix(w), y};
-    product_by_matrix_unit({product, true, of_bias, activation});
-  } else {
-    const LinearForward<float> forward{shape, const_matrix(x), const_matrix(w), of_bias, y, activation};
-    const ProductKernels<float>& table = kernels().products_float;
-    const int64_t tasks = table.linear_tasks(shape);
-    const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, shape.in_features);
-    torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      table.linear(forward, begin, end, scratch<Panel, float>(table.linear_scratch(shape)));
-    });
-  }
+  const LinearForward<float> forward{shape,
+                                     const_matrix(x),
+                                     const_matrix(w),
+                                     b ? b->const_data_ptr<float>() : nullptr,
+                                     matrix(output, shape.out_features),
+                                     activation};
+  const ProductKernels<float>& table = faster_kernels(shape.batch, shape.out_features, shape.in_features);
+  const int64_t tasks = table.linear_tasks(shape);
+  const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, shape.in_features);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    table.linear(forward, begin, end, scratch<Panel, float>(table.linear_scratch(shape)));
+  });
 }
 
 void product_by_kernels(const Product<float>& product) {
-  if (matrix_unit_wins(product.rows, product.cols, product.depth)) {
-    return product_by_matrix_unit({product});
-  }
-  const ProductKernels<float>& table = kernels().products_float;
+  const ProductKernels<float>& table = faster_kernels(product.rows, product.cols, product.depth);
   const int64_t tasks = table.product_tasks(product);
   const int64_t grain = grain_of(tasks, product.rows, product.cols, product.depth);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
