@@ -21,7 +21,7 @@ def test_sanitized(sanitizer, compiler, tmp_path):
     probe = ["-x", "c++", "-", "-o", str(tmp_path / "probe")]
     if subprocess.run([compiler, *flags, *probe], input="int main() {}", text=True, capture_output=True).returncode:
         pytest.skip(f"needs the sanitizers {sanitizer} of {compiler}")
-    levels = list(CPU_SOURCES.glob("level_*.cpp"))
+    levels = [*CPU_SOURCES.glob("level_*.cpp"), CPU_SOURCES / "amx.cpp"]
     programs = {"trained": [TESTS / "sanitized" / "trainer.cpp", CPU_SOURCES / "kernels.cpp", *levels]}
     if sanitizer != "thread":  # this one has no threads
         programs["multiplied"] = [TESTS / "sanitized" / "products.cpp", *levels]

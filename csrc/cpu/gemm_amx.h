@@ -78,7 +78,8 @@ TORCH_MLP_INLINE vec_uint split_pairs(vec x, vec y, bfloat16_pair* to, vec_uint 
   y -= y0;
   const vec x1 = upper_half((vec_uint)x), y1 = upper_half((vec_uint)y);
   store(to + kPartPairs, (vec)pairs(x1, y1));
-  store(to + 2 * kPartPairs, (vec)pairs(x - x1, y - y1));
+  // What is left has no lower half, unless it is subnormal.
+  store(to + 2 * kPartPairs, (vec)pairs(x - x1, upper_half((vec_uint)(y - y1))));
   return larger(most, first);
 }
 

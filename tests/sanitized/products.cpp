@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/cpu/amx.h"
 #include "../../csrc/cpu/kernels.h"
 
 namespace torch_mlp {
@@ -129,9 +130,11 @@ bool maps(const ProductKernels<T>& table, const Sizes& sizes) {
 }
 
 bool is_right(const Kernels& kernels, const Sizes& sizes) {
+  const ProductKernels<float>& split = kernels.products_split;
   for (const bool a_transposed : {false, true}) {
     for (const bool accumulates : {false, true}) {
       if (!multiplies<Product<float>, float, float>(kernels.products_float, sizes, a_transposed, accumulates) ||
+          (split.product && !multiplies<Product<float>, float, float>(split, sizes, a_transposed, accumulates)) ||
           !multiplies<Product<bfloat16_pair>, bfloat16_pair, float>(kernels.products_bfloat16, sizes, a_transposed,
                                                                     accumulates)) {
         return false;
@@ -142,7 +145,8 @@ bool is_right(const Kernels& kernels, const Sizes& sizes) {
       return false;
     }
   }
-  return maps(kernels.products_float, sizes) && maps(kernels.products_bfloat16, sizes);
+  return maps(kernels.products_float, sizes) && (!split.linear || maps(split, sizes)) &&
+         maps(kernels.products_bfloat16, sizes);
 }
 
 std::vector<const Kernels*> levels() {
@@ -155,6 +159,9 @@ std::vector<const Kernels*> levels() {
       result.push_back(&level_avx512::kernels);
       if (__builtin_cpu_supports("avx512bf16")) {
         result.push_back(&level_avx512_bf16::kernels);
+        if (has_amx()) {
+          result.push_back(&level_amx::kernels);
+        }
       }
     }
   }
@@ -174,7 +181,7 @@ int main() {
   // of one part and of several.
   const Sizes shapes[] = {{1, 17, 300},  {1, 1024, 130}, {2, 64, 1},     {5, 33, 7},   {7, 100, 40},  {10, 64, 20},
                           {11, 64, 130}, {12, 512, 65},  {13, 1, 300},   {23, 15, 3},  {66, 512, 40}, {70, 1024, 9},
-                          {300, 130, 3}, {257, 512, 40}, {260, 96, 420}, {13, 40, 800}};
+                          {300, 130, 3}, {257, 512, 40}, {260, 96, 420}, {13, 40, 800}, {400, 64, 70}, {40, 33, 1000}};
   for (const Tuning& cut : {Tuning{256, 1 << 16, false, true}, Tuning{128, 0, true, false}}) {
     chosen = cut;
     for (const Kernels* kernels : levels()) {

@@ -1,0 +1,111 @@
+"""Products of float32 by AMX, which multiplies bfloat16: each number in three parts that add up to it."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torch_mlp import ops
+from torch_mlp.functional import linear_act
+
+# Around the bands of 32, the blocks of 256 and depths of 640; large enough for the unit to be chosen unasked.
+SHAPES = [(64, 128, 256), (97, 161, 126), (300, 1000, 190), (1000, 190, 448), (448, 322, 1033)]
+
+pytestmark = pytest.mark.skipif(
+    ops.cpu_capability() != "amx", reason=f"needs the instruction set amx, has {ops.cpu_capability()}"
+)
+
+
+def selection(rows, cols, generator):
+    """A matrix with one power of two in each row, which selects an element, and zeros."""
+    matrix = torch.zeros(rows, cols)
+    chosen = torch.arange(rows) * 7 % cols
+    matrix[torch.arange(rows), chosen] = 2.0 ** torch.randint(-3, 4, (rows,), generator=generator)
+    return matrix
+
+
+def of_all_bits(rows, cols, generator):
+    """Numbers of 24 bits that differ by up to 2^40."""
+    values = torch.randn(rows, cols, generator=generator)
+    return values * 2.0 ** torch.randint(-20, 20, (rows, cols), generator=generator)
+
+
+@pytest.mark.parametrize("selects", ["input", "weight", "grad_output"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_bit_is_lost(shape, selects):
+    """Of sums with one term, each operand of each product being the one of many bits."""
+    batch, ins, outs = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    make = {name: selection if name == selects else of_all_bits for name in ("input", "weight", "grad_output")}
+    input, weight = make["input"](batch, ins, generator), make["weight"](outs, ins, generator)
+    grad_output = make["grad_output"](batch, outs, generator)
+    input.requires_grad_(), weight.requires_grad_()
+    output = linear_act(input, weight, None, "identity")
+    grad_input, grad_weight = torch.autograd.grad(output, [input, weight], grad_output)
+
+    x, w, gy = (value.detach().double() for value in (input, weight, grad_output))
+    # Which have one of the two that is a selection, by rows; grad_weight's sums have at most a few terms.
+    if selects != "grad_output":
+        assert torch.equal(output.double(), x @ w.T)
+    if selects == "grad_output":
+        assert torch.equal(grad_input.double(), gy @ w)
+    if selects == "weight":
+        each_once = (weight != 0).sum(0) <= 1
+        assert torch.equal(grad_input.double()[:, each_once], (gy @ w)[:, each_once])
+    if selects == "input":
+        each_once = (input != 0).sum(0) <= 1
+        assert torch.equal(grad_weight.double()[:, each_once], (gy.T @ x)[:, each_once])
+    if selects == "grad_output":
+        each_once = (grad_output != 0).sum(0) <= 1
+        assert torch.equal(grad_weight.double()[each_once], (gy.T @ x)[each_once])
+
+
+SIZES = [0.0, 1e-44, 1e-38, 1e-36, 1e-34, 1e-30, 1e-20, 2.0**-49, 2.0**-48, 2.0**47, 2.0**48, 1e30]
+
+
+@pytest.mark.parametrize("operand", ["input", "weight", "grad_output"])
+@pytest.mark.parametrize(
+    ("where", "size"),
+    [*itertools.product(["one", "row", "all"], SIZES), ("one", 3.4e38), ("one", torch.inf), ("one", torch.nan)],
+)
+def test_numbers_of_any_size(operand, where, size):
+    """What three parts cannot hold is multiplied in float32, or is nothing beside the largest: the results are torch's."""
+    generator = torch.Generator().manual_seed(3)
+    values = {
+        "input": torch.randn(300, 200, generator=generator),
+        "weight": torch.randn(290, 200, generator=generator),
+        "grad_output": torch.randn(300, 290, generator=generator),
+    }
+    part = {"one": values[operand][77, 101:102], "row": values[operand][77], "all": values[operand]}[where]
+    part.copy_(torch.where(part < 0, -1, 1) * part.abs().clamp(0.5, 1) * size)
+
+    def results(function):
+        input, weight = (values[name].clone().requires_grad_() for name in ("input", "weight"))
+        output = function(input, weight)
+        return [output.detach(), *torch.autograd.grad(output, [input, weight], values["grad_output"])]
+
+    for our, true in zip(
+        results(lambda x, w: linear_act(x, w, None, "identity")), results(torch.nn.functional.linear), strict=True
+    ):
+        largest = true[true.isfinite()].abs().max() if true.isfinite().any() else torch.tensor(0.0)
+        rounded = 2e-6 * float(largest) + 1000 * 2.0**-149  # subnormal numbers are rounded to the same last place
+        torch.testing.assert_close(our, true, rtol=1e-4, atol=rounded, equal_nan=True)
+
+
+def test_system_that_refuses():
+    """Linux refuses the unit if a stack for signals is too short for its state."""
+    code = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0
+import torch_mlp
+print(torch_mlp.ops.cpu_capability())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_MLP_CPU_CAPABILITY"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout == "avx512_bf16\n", result.stderr
