@@ -82,10 +82,13 @@ STABLE_TORCH_LIBRARY(torch_mlp, m) {
       "Tensor(c!)[] velocities, str[] activations, int batch_size, Tensor lr, float momentum, float weight_decay, "
       "float scale, float shift, bool bfloat16) -> Tensor");
 
-  // the instruction set of the CPU's vector kernels: default, avx2, avx512 or avx512_bf16
+  // the instruction set of the CPU's vector kernels: default, avx2, avx512, avx512_bf16 or amx
   m.def("_cpu_capability() -> str");
 
   // the time of that many rounds of multiplications and additions on every thread gives the processor's peak; returns
   // their number
   m.def("_cpu_multiply_adds(int threads, int rounds) -> int");
+
+  // the same of float32 in parts by a matrix unit; 0 where there is none
+  m.def("_cpu_split_multiply_adds(int threads, int rounds) -> int");
 }

@@ -31,6 +31,11 @@ def multiply_adds(rounds: int = 1_000_000) -> int:
     return torch.ops.torch_mlp._cpu_multiply_adds(torch.get_num_threads(), rounds)
 
 
+def split_multiply_adds(rounds: int = 5_000) -> int:
+    """The same of float32 by a matrix unit; none, and 0, where the processor has no such unit."""
+    return torch.ops.torch_mlp._cpu_split_multiply_adds(torch.get_num_threads(), rounds)
+
+
 def medians(steps: dict[str, Callable[[], Any]], turns: int, seconds: float) -> dict[str, float]:
     """Seconds of each step: the median over turns in which each runs for about so many seconds.
 

@@ -37,7 +37,9 @@ def test_unknown_capability_is_an_error(use):
     assert last.endswith("got 'avx3'")
 
 
-def test_multiply_adds_are_counted():
-    count = torch.ops.torch_mlp._cpu_multiply_adds(2, 1000)
-    assert count > 0
-    assert torch.ops.torch_mlp._cpu_multiply_adds(1, 4000) == 2 * count
+@pytest.mark.parametrize("name", ["_cpu_multiply_adds", "_cpu_split_multiply_adds"])
+def test_multiply_adds_are_counted(name):
+    multiply_adds = getattr(torch.ops.torch_mlp, name)
+    count = multiply_adds(2, 1000)
+    assert (count > 0) == (name == "_cpu_multiply_adds" or torch_mlp.ops.cpu_capability() == "amx")
+    assert multiply_adds(1, 4000) == 2 * count

@@ -31,8 +31,8 @@ def config() -> dict[str, str]:
 def show_config() -> None:
     """Print the versions, the instruction set of the CPU kernels, the number of threads and the state of CUDA.
 
-    The instruction set is the best one that the processor has: avx512_bf16 (AVX-512 with products of bfloat16), avx512,
-    avx2 or default. The environment variable
+    The instruction set is the best one that the processor has: amx (avx512_bf16 and the matrix unit of Intel's
+    processors), avx512_bf16 (AVX-512 with products of bfloat16), avx512, avx2 or default. The environment variable
     ``TORCH_MLP_CPU_CAPABILITY`` forces one of them; it is read once, at the first use.
 
     Raises:

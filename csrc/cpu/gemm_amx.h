@@ -36,6 +36,7 @@ namespace {
 // kTileSide apart, so that it is made of two whole vectors.
 constexpr int kTileSide = kLanes;
 constexpr int64_t kTilePairs = kTileSide * kTileSide, kTileDepth = 2 * kTileSide;
+constexpr int64_t kTileRowBytes = kTileSide * sizeof(float);
 // Rows of a, or columns of b, of two tiles: with both, four tiles of sums, and room for two of a and two of b.
 constexpr int64_t kBand = 2 * kTileSide;
 constexpr int kParts = 3;  // of a float
@@ -210,15 +211,14 @@ constexpr TileShapes kTileShapes;
 template <typename Splitter>
 TORCH_MLP_INLINE void multiply_bands(const bfloat16_pair* a, const bfloat16_pair* b, int64_t steps, Matrix block, Splitter& next,
                     int64_t vectors) {
-  constexpr int64_t row_bytes = kTileSide * sizeof(float);
   // Tiles 0 to 3 hold the sums, 4 and 5 a part of a, 6 and 7 one of b.
   const auto load_a = [&](int part) {
-    _tile_loadd(4, a + part * kPartPairs, row_bytes);
-    _tile_loadd(5, a + part * kPartPairs + kTilePairs, row_bytes);
+    _tile_loadd(4, a + part * kPartPairs, kTileRowBytes);
+    _tile_loadd(5, a + part * kPartPairs + kTilePairs, kTileRowBytes);
   };
   const auto load_b = [&](int part) {
-    _tile_loadd(6, b + part * kPartPairs, row_bytes);
-    _tile_loadd(7, b + part * kPartPairs + kTilePairs, row_bytes);
+    _tile_loadd(6, b + part * kPartPairs, kTileRowBytes);
+    _tile_loadd(7, b + part * kPartPairs + kTilePairs, kTileRowBytes);
   };
   const auto multiply = [&] {
     _tile_dpbf16ps(0, 4, 6);
@@ -256,6 +256,39 @@ TORCH_MLP_INLINE void multiply_bands(const bfloat16_pair* a, const bfloat16_pair
   _tile_stored(3, lower + kTileSide, stride);
 }
 constexpr int kGroupsOfStep = 6;  // of four tiles
+
+// For scripts/bench.py: products of tiles that wait for nothing, as many as a step of multiply_bands has. Of numbers
+// like any others, for the unit multiplies zeros faster.
+constexpr int64_t kSplitMultiplyAddsOfRound = kBand * kBand * kTileDepth;
+
+float split_multiply_adds(int64_t rounds) {
+  bfloat16_pair operands[4 * kTilePairs];
+  uint32_t random = 1;
+  for (bfloat16_pair& pair : operands) {
+    random = random * 1664525 + 1013904223;
+    pair.bits = (random & 0x80ff80ff) | 0x3e003e00;
+  }
+  float sums[kTilePairs];
+  _tile_loadconfig(&kTileShapes);
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, operands, kTileRowBytes);
+  _tile_loadd(5, operands + kTilePairs, kTileRowBytes);
+  _tile_loadd(6, operands + 2 * kTilePairs, kTileRowBytes);
+  _tile_loadd(7, operands + 3 * kTilePairs, kTileRowBytes);
+  for (int64_t i = 0; i < kGroupsOfStep * rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, kTileRowBytes);
+  _tile_release();
+  return sums[0];
+}
 
 // The lines of both operands that a thread multiplies, all of the depth.
 struct SplitWork {

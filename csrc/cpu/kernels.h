@@ -244,6 +244,9 @@ struct Kernels {
   // rounds times multiply_adds_of_round multiplications and additions, as fast as the processor can
   float (*multiply_adds)(int64_t rounds);
   int64_t multiply_adds_of_round;
+  // The same of floats in parts by a matrix unit; null where there is none.
+  float (*split_multiply_adds)(int64_t rounds);
+  int64_t split_multiply_adds_of_round;
 };
 
 namespace level_default {

@@ -71,6 +71,13 @@ const Kernels kernels{
     sgd,
     multiply_adds,
     kMultiplyAddsOfRound,
+#if defined(TORCH_MLP_HAS_AMX)
+    split_multiply_adds,
+    kSplitMultiplyAddsOfRound,
+#else
+    nullptr,
+    0,
+#endif
 };
 
 }  // namespace torch_mlp::TORCH_MLP_LEVEL
