@@ -1,21 +1,12 @@
 // Products of float matrices by AMX, the matrix unit of Intel's processors since Sapphire Rapids. It multiplies
-// bfloat16 and sums in float; a float is split for it into three bfloat16 that add up to it exactly:
-//
-//   x = x0 + x1 + x2        x0 = x, x1 = x - x0, rounded to 8 bits each, x2 = x - x0 - x1
-//   x y = x0 y0 + x0 y1 + x1 y0 + x0 y2 + x1 y1 + x2 y0       but for less than 2^-23 |x y|, mostly less than 2^-26
-//
-// Six products of bfloat16 take 6/16 of the time of one product of float, and the sums have no more rounding errors
-// (Henry, Tang and Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype for Higher-Precision
-// Computations, 2019).
-//
-// The unit takes subnormal numbers for 0, and the split of an infinity is none. So where the largest of an operand's
-// part is neither 0 nor between 2^-48 and 2^48 the tiles of gemm.h compute that part's products: elsewhere what is
-// taken for 0 is less than 2^-78 of the largest.
+// bfloat16 and sums in float, so each float is split into three bfloat16 (split_floats.h). The six products of these
+// that count take 6/16 of the time of one product of floats, and their sums have no more rounding errors. What the
+// three parts cannot hold is multiplied by the tiles of gemm.h.
 //
 // Of the two operands one is resident: a block of it is split beforehand and stays in the second-level cache. The other
-// streams past it band by band, the next of which is split while the unit multiplies: this takes no time of its own, for
-// the unit leaves the vector instructions to others, nor has the unit to wake up, which takes a microsecond or two after
-// a pause. The longer operand streams, unless it lies in memory transposed:
+// streams past it band by band, the next of which is split while the unit multiplies: this takes no time of its own,
+// for the unit leaves the vector instructions to others, nor has the unit to wake up, which takes a microsecond or two
+// after a pause. The longer operand streams, unless it lies in memory transposed:
 //
 //   product                  streams    resident
 //   linear   y^T = W x^T     W          x^T
@@ -27,175 +18,14 @@
 #pragma once
 
 #include "gemm.h"
+#include "split_floats.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
 
-// A tile of the unit: kTileSide rows of so many pairs of bfloat16, or floats. An operand's tile has kTileDepth of the
-// depth: in a lie the pairs of a row beside each other, in b those of a column below each other. A pair is of elements
-// kTileSide apart, so that it is made of two whole vectors.
-constexpr int kTileSide = kLanes;
-constexpr int64_t kTilePairs = kTileSide * kTileSide, kTileDepth = 2 * kTileSide;
-constexpr int64_t kTileRowBytes = kTileSide * sizeof(float);
-// Rows of a, or columns of b, of two tiles: with both, four tiles of sums, and room for two of a and two of b.
-constexpr int64_t kBand = 2 * kTileSide;
-constexpr int kParts = 3;  // of a float
-// Of a band: for each kTileDepth of the depth the tiles of the first part, those of the second and of the third.
-constexpr int64_t kPartPairs = 2 * kTilePairs, kStepPairs = kParts * kPartPairs;
-
 // Measured on Emerald Rapids:
 constexpr int64_t kResidentLines = 256;  // about
 constexpr int64_t kSplitDepth = 640;     // about
-
-// An operand: element p along the depth of a line, a row of a or a column of b. One of the strides is 1.
-struct Lines {
-  const float* data;
-  int64_t line_stride, depth_stride;
-
-  TORCH_MLP_INLINE Lines from(int64_t line, int64_t p) const {
-    return {data + line * line_stride + p * depth_stride, line_stride, depth_stride};
-  }
-};
-
-Lines lines_of(ConstMatrix matrix, bool are_columns) {
-  return are_columns ? Lines{matrix.data, 1, matrix.stride} : Lines{matrix.data, matrix.stride, 1};
-}
-
-// The larger ones of two vectors of bfloat16 without their signs, which are doubled so.
-TORCH_MLP_INLINE vec_uint larger(vec_uint doubled, vec_uint pairs) {
-  const __m512i shifted = _mm512_add_epi16((__m512i)pairs, (__m512i)pairs);
-  return (vec_uint)_mm512_maskz_max_epu16(0xffffffff, (__m512i)doubled, shifted);
-}
-
-// The first parts of the pairs (x, y), each to a tile of its own.
-TORCH_MLP_INLINE vec_uint split_pairs(vec x, vec y, bfloat16_pair* to, vec_uint most) {
-  const auto upper_half = [&](vec_uint bits) { return (vec)(bits & 0xffff0000); };
-  const auto pairs = [&](vec first, vec second) { return (vec_uint)first >> 16 | (vec_uint)second; };
-  // Rounded, ties away from 0. What is left may have either sign.
-  const vec x0 = upper_half((vec_uint)x + 0x8000), y0 = upper_half((vec_uint)y + 0x8000);
-  const vec_uint first = pairs(x0, y0);
-  store(to, (vec)first);
-  x -= x0;
-  y -= y0;
-  const vec x1 = upper_half((vec_uint)x), y1 = upper_half((vec_uint)y);
-  store(to + kPartPairs, (vec)pairs(x1, y1));
-  // What is left has no lower half, unless it is subnormal.
-  store(to + 2 * kPartPairs, (vec)pairs(x - x1, upper_half((vec_uint)(y - y1))));
-  return larger(most, first);
-}
-
-// Row i of a matrix of (rows, cols), of which a vector's width is read, with zeros beyond where it is not whole.
-template <bool is_whole>
-TORCH_MLP_INLINE vec load_row(Rows<const float> of, int64_t i, int64_t rows, int64_t cols) {
-  const bool is_there = is_whole || (i < rows && cols > 0);
-  return is_there ? load_some<is_whole>(of.data + i * of.stride, min(cols, kTileSide)) : vec{};
-}
-
-template <bool is_whole>
-TORCH_MLP_INLINE void load_transposed(Rows<const float> of, int64_t rows, int64_t cols, vec (&square)[kTileSide]) {
-  TORCH_MLP_UNROLL
-  for (int i = 0; i < kTileSide; ++i) {
-    square[i] = load_row<is_whole>(of, i, rows, cols);
-  }
-  transpose(square);
-}
-
-// The tiles, one for each part, of `depth` of `lines`, or of as much of them as a tile holds.
-template <bool is_a, bool is_transposed, bool is_whole>
-TORCH_MLP_INLINE vec_uint split_tile(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to, vec_uint most) {
-  constexpr bool rows_are_lines = is_a != is_transposed;  // as they lie in memory
-  const int64_t stride = rows_are_lines ? of.line_stride : of.depth_stride, second_depth = depth - kTileSide;
-  const int64_t rows = rows_are_lines ? lines : depth, cols = rows_are_lines ? depth : lines;
-  const int64_t second_rows = rows_are_lines ? lines : second_depth, second_cols = rows_are_lines ? second_depth : lines;
-  const Rows<const float> first{of.data, stride}, second{of.from(0, kTileSide).data, stride};
-  vec x[kTileSide], y[kTileSide];
-  if constexpr (is_transposed) {
-    load_transposed<is_whole>(first, rows, cols, x);
-    load_transposed<is_whole>(second, second_rows, second_cols, y);
-  }
-  TORCH_MLP_UNROLL
-  for (int i = 0; i < kTileSide; ++i) {
-    if constexpr (!is_transposed) {
-      x[i] = load_row<is_whole>(first, i, rows, cols);
-      y[i] = load_row<is_whole>(second, i, second_rows, second_cols);
-    }
-    most = split_pairs(x[i], y[i], to + i * kTileSide, most);
-  }
-  return most;
-}
-
-// Whether the parts can do for these operands, see above.
-bool are_exact(vec_uint most) {
-  uint16_t largest = 0, each[2 * kLanes];
-  memcpy(each, &most, sizeof(each));
-  for (const uint16_t value : each) {
-    largest = value > largest ? value : largest;
-  }
-  constexpr uint16_t least = (127 - 48) << 8, too_large = (127 + 48) << 8;  // 2^-48 and 2^48 in bfloat16, doubled
-  return largest == 0 || (largest >= least && largest < too_large);
-}
-
-// Splits (lines, depth) of an operand, with zeros up to whole bands and steps. Whether the parts are exact.
-template <bool is_a, bool is_transposed>
-bool split(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to) {
-  vec_uint most{};
-  for (int64_t band = 0; band < lines; band += kBand) {
-    for (int64_t p = 0; p < depth; p += kTileDepth, to += kStepPairs) {
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t begin = band + half * kTileSide;
-        const Lines tile = of.from(begin, p);
-        bfloat16_pair* const to_tile = to + half * kTilePairs;
-        if (lines - begin >= kTileSide && depth - p >= kTileDepth) {
-          most = split_tile<is_a, is_transposed, true>(tile, kTileSide, kTileDepth, to_tile, most);
-        } else {
-          most = split_tile<is_a, is_transposed, false>(tile, lines - begin, depth - p, to_tile, most);
-        }
-      }
-    }
-  }
-  return are_exact(most);
-}
-
-// Splits a band, which is not transposed, a few of the vectors at a time.
-template <bool is_a>
-class BandSplitter {
- public:
-  // No lines: nothing to do.
-  BandSplitter(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to)
-      : of_(of), lines_(lines), depth_(depth), to_(to), whole_(lines == kBand ? depth / kTileDepth * kBand : 0) {}
-
-  // The vectors of a whole step are numbered through its two tiles.
-  TORCH_MLP_INLINE void split_some(int64_t count) {
-    for (const int64_t end = min(whole_, next_ + count); next_ < end; ++next_) {
-      const int64_t step = next_ / kBand, half = next_ / kTileSide % 2, i = next_ % kTileSide;
-      const Lines x = of_.from(half * kTileSide + (is_a ? i : 0), step * kTileDepth + (is_a ? 0 : i));
-      most_ = split_pairs(load(x.data), load(x.from(0, kTileSide).data),
-                          to_ + step * kStepPairs + half * kTilePairs + i * kTileSide, most_);
-    }
-  }
-
-  // The rest. Whether the parts are exact.
-  bool finish() {
-    split_some(whole_);
-    for (int64_t p = whole_ / kBand * kTileDepth; p < depth_ && lines_ > 0; p += kTileDepth) {
-      for (int64_t half = 0; half < 2; ++half) {
-        most_ = split_tile<is_a, false, false>(of_.from(half * kTileSide, p), lines_ - half * kTileSide, depth_ - p,
-                                               to_ + p / kTileDepth * kStepPairs + half * kTilePairs, most_);
-      }
-    }
-    return are_exact(most_);
-  }
-
-  int64_t whole() const { return whole_; }
-
- private:
-  const Lines of_;
-  const int64_t lines_, depth_;
-  bfloat16_pair* const to_;
-  const int64_t whole_;  // vectors
-  int64_t next_ = 0;
-  vec_uint most_{};
-};
 
 // The shapes of the eight tiles, all of them whole.
 struct alignas(64) TileShapes {
@@ -209,8 +39,8 @@ constexpr TileShapes kTileShapes;
 // block (kBand, kBand) = the product of two bands, steps times kTileDepth deep. Meanwhile a band of what streams is
 // split, so many vectors with every four tiles.
 template <typename Splitter>
-TORCH_MLP_INLINE void multiply_bands(const bfloat16_pair* a, const bfloat16_pair* b, int64_t steps, Matrix block, Splitter& next,
-                    int64_t vectors) {
+TORCH_MLP_INLINE void multiply_bands(const bfloat16_pair* a, const bfloat16_pair* b, int64_t steps, Matrix block,
+                                     Splitter& next, int64_t vectors) {
   // Tiles 0 to 3 hold the sums, 4 and 5 a part of a, 6 and 7 one of b.
   const auto load_a = [&](int part) {
     _tile_loadd(4, a + part * kPartPairs, kTileRowBytes);
@@ -297,8 +127,13 @@ struct SplitWork {
 
   SplitWork(const Lines& resident, int64_t resident_lines, const Lines& streaming, int64_t streaming_lines,
             int64_t depth, int64_t begin, int64_t end)
-      : resident(resident), streaming(streaming), resident_begin(0), resident_end(resident_lines), streaming_begin(0),
-        streaming_end(streaming_lines), depth(depth) {
+      : resident(resident),
+        streaming(streaming),
+        resident_begin(0),
+        resident_end(resident_lines),
+        streaming_begin(0),
+        streaming_end(streaming_lines),
+        depth(depth) {
     if (resident_lines >= streaming_lines) {
       resident_begin = begin * kBand;
       resident_end = min(resident_lines, end * kBand);
@@ -320,20 +155,25 @@ struct SplitPart {
   bool is_first, is_last;  // of the depth
 };
 
-// Scratch memory, of floats or pairs: a block of the resident operand and two bands of the other, as large as they may
-// get, one block of the result, and what the products by floats need.
+// What a thread cuts its work into, whole bands and steps, and its scratch memory of floats or pairs: a block of the
+// resident operand and two bands of the other, one block of the result, and what the products by floats need. The
+// places are bounds that do not fall with the sizes: memory for a minibatch has to do for a shorter one.
 struct SplitScratch {
-  int64_t most_lines, most_depth;
+  int64_t most_lines, most_depth, bound_of_lines, bound_of_depth;
 
   SplitScratch(int64_t resident_lines, int64_t depth)
-      : most_lines(ceil_div(equal_part(resident_lines, kResidentLines), kBand) * kBand),
-        most_depth(ceil_div(equal_part(depth, kSplitDepth), kTileDepth) * kTileDepth) {}
+      : most_lines(whole(equal_part(resident_lines, kResidentLines), kBand)),
+        most_depth(whole(equal_part(depth, kSplitDepth), kTileDepth)),
+        bound_of_lines(whole(min(resident_lines, kResidentLines * 3 / 2), kBand)),
+        bound_of_depth(whole(min(depth, kSplitDepth * 3 / 2), kTileDepth)) {}
 
-  int64_t band() const { return most_depth / kTileDepth * kStepPairs; }
-  int64_t bands() const { return most_lines / kBand * band(); }
+  static int64_t whole(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
+
+  int64_t band() const { return bound_of_depth / kTileDepth * kStepPairs; }
+  int64_t bands() const { return bound_of_lines / kBand * band(); }
   int64_t block() const { return bands() + 2 * band(); }
   int64_t floats() const { return block() + kBand * kBand; }
-  int64_t size() const { return floats() + most_depth * (kBand + kPanelCols); }
+  int64_t size() const { return floats() + bound_of_depth * (kBand + kPanelCols); }
 };
 
 // For each part of at most a band of rows and of columns, result.block(part) gets the sums and result.finish(part) is
@@ -392,7 +232,7 @@ bool streams_a(const Product<float>& self) { return !self.a_transposed && self.r
 int64_t split_product_tasks(const Product<float>& self) { return split_tasks(self.rows, self.cols); }
 
 int64_t split_product_scratch(const Product<float>& self) {
-  return SplitScratch(streams_a(self) ? self.cols : self.rows, self.depth).size();
+  return SplitScratch(self.a_transposed ? self.rows : min(self.rows, self.cols), self.depth).size();
 }
 
 // c = act(sum + bias), or that of c + sum, of the first count elements.
@@ -421,9 +261,7 @@ struct SplitProductResult {
   float* scratch;
 
   bool adds(const SplitPart& part) const { return self.accumulates || !part.is_first; }
-  Matrix c(const SplitPart& part) const {
-    return {self.c.data + part.row * self.c.stride + part.col, self.c.stride};
-  }
+  Matrix c(const SplitPart& part) const { return {self.c.data + part.row * self.c.stride + part.col, self.c.stride}; }
   bool is_in_place(const SplitPart& part) const { return part.rows == kBand && part.cols == kBand && !adds(part); }
 
   Matrix block(const SplitPart& part) const { return is_in_place(part) ? c(part) : spare_block; }
@@ -436,14 +274,10 @@ struct SplitProductResult {
 
   void multiply_floats(const SplitPart& part) const {
     const Lines a = lines_of(self.a, self.a_transposed).from(part.row, part.p);
-    const Product<float> of_floats{part.rows,
-                                   part.cols,
-                                   part.depth,
-                                   {a.data, self.a.stride},
-                                   self.a_transposed,
-                                   {self.b.data + part.p * self.b.stride + part.col, self.b.stride},
-                                   c(part),
-                                   adds(part)};
+    const Product<float> of_floats{part.rows,         part.cols,
+                                   part.depth,        {a.data, self.a.stride},
+                                   self.a_transposed, {self.b.data + part.p * self.b.stride + part.col, self.b.stride},
+                                   c(part),           adds(part)};
     product(of_floats, 0, product_tasks(of_floats), scratch);
   }
 };
@@ -506,17 +340,15 @@ struct SplitLinearResult {
   Matrix y(const SplitPart& part) const {
     return {self.output.data + part.row * self.output.stride + part.col, self.output.stride};
   }
-  const float* bias(const SplitPart& part) const {
-    return self.bias && part.is_last ? self.bias + part.col : nullptr;
-  }
+  const float* bias(const SplitPart& part) const { return self.bias && part.is_last ? self.bias + part.col : nullptr; }
 
   Matrix block(const SplitPart&) const { return spare_block; }
 
   void finish(const SplitPart& part) const {
     const SplitPart to = of_y(part);
     dispatch(to.is_last ? self.activation : ActivationKind::Identity, [&](auto act) {
-      (is_transposed ? finish_transposed_block<act.value> : finish_block<act.value>)(
-          spare_block, bias(to), !to.is_first, to.rows, to.cols, y(to));
+      (is_transposed ? finish_transposed_block<act.value>
+                     : finish_block<act.value>)(spare_block, bias(to), !to.is_first, to.rows, to.cols, y(to));
     });
   }
 
@@ -531,9 +363,8 @@ struct SplitLinearResult {
       const Product<float> of_floats{to.rows, to.cols, to.depth, x, false, transposed_weight, y(to), !to.is_first};
       product(of_floats, 0, product_tasks(of_floats), scratch + kBand * to.depth);
       if (to.is_last) {
-        dispatch(self.activation, [&](auto act) {
-          finish_block<act.value>(y(to), bias(to), false, to.rows, to.cols, y(to));
-        });
+        dispatch(self.activation,
+                 [&](auto act) { finish_block<act.value>(y(to), bias(to), false, to.rows, to.cols, y(to)); });
       }
     }
   }

@@ -1,10 +1,10 @@
 // The vector kernels of the CPU: what the ops call through raw pointers, once for each instruction set.
 //
 // level_default.cpp, level_avx2.cpp, level_avx512.cpp, level_avx512_bf16.cpp and level_amx.cpp compile the same sources
-// (vector.h, elementwise.h, gemm.h, softmax.h and so on) for one instruction set each, in a namespace of its own; kernels() gives
-// the table of the best one that the processor has. Those files include no header of torch and no function of the
-// standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be one that only
-// some processors can run.
+// (vector.h, elementwise.h, gemm.h, softmax.h and so on) for one instruction set each, in a namespace of its own;
+// kernels() gives the table of the best one that the processor has. Those files include no header of torch and no
+// function of the standard library but memcpy, for the linker keeps one copy of an inline function, and it must not be
+// one that only some processors can run.
 #pragma once
 
 #include <cstdint>
@@ -267,18 +267,9 @@ extern const Kernels kernels;
 }
 #endif
 
-// The table for this processor, or the one that TORCH_MLP_CPU_CAPABILITY (default, avx2, avx512, avx512_bf16 or amx) names;
-// chosen at the first call.
+// The table for this processor, or the one that TORCH_MLP_CPU_CAPABILITY (default, avx2, avx512, avx512_bf16 or amx)
+// names; chosen at the first call.
 const Kernels& kernels();
-
-template <typename T>
-const ProductKernels<T>& product_kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return kernels().products_float;
-  } else {
-    return kernels().products_bfloat16;
-  }
-}
 
 // Whose matrix products are the faster ones on this processor, as far as it was measured: see products.cpp.
 enum class Products {
@@ -288,5 +279,9 @@ enum class Products {
 };
 
 Products faster_products();
+
+// Whether one thread multiplies (rows, depth) and (depth, cols) in float32 faster by the processor's matrix unit than
+// by its vector instructions; false where it has none.
+bool faster_by_matrix_unit(int64_t rows, int64_t cols, int64_t depth);
 
 }  // namespace torch_mlp

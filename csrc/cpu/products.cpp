@@ -114,28 +114,12 @@ KernelsWin bfloat16_kernels_win(const LinearShape& shape) {
           has_few_outputs || (shape.batch <= 512 && shape.in_features * shape.out_features <= 1 << 18)};
 }
 
-// Whether a product (rows, depth) times (depth, cols) of float32 is faster by the processor's matrix unit, if it has one.
-// Kernels over library, as above, Intel Emerald Rapids:
-//                                             forward      grad_input    grad_weight
-//                            batch 64         1.2 to 1.4   1.0 to 1.15   1.15 to 1.45
-//                            batch 128        1.3 to 1.5   1.25 to 1.4   1.3 to 1.5
-//                            batch 512        1.2 to 1.5   1.4 to 1.6    1.25 to 1.6
-//                            batch 4096       1.2 to 1.4   1.3 to 1.5    1.2 to 1.5
-// To split an element of an operand, or to finish one of the result, takes as long as about 32 multiplications; each
-// thread splits the whole of the smaller operand. What fills up the bands costs as much as what counts.
+// Whether the matrix unit has a product of all threads: each has its part of the longer operand and splits the whole of
+// the other.
 bool matrix_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
-  if (!kernels().products_split.product) {
-    return false;
-  }
-  if (faster_products() == Products::Kernels) {  // for tests: only Intel's processors have this unit
-    return depth > 1;
-  }
-  const auto padded = [](int64_t size) { return ceil_div(size, 32) * 32; };
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t few = std::min(rows, cols), many = std::max(rows, cols) / threads;
-  const int64_t multiplications = few * many * depth, visited = few * many + (few + many) * depth;
-  return 32 * visited <= multiplications &&
-         3 * padded(rows) * padded(cols) * padded(depth) <= 4 * rows * cols * depth;
+  const auto& [few, many] = std::minmax(rows, cols);
+  return faster_by_matrix_unit(few, ceil_div(many, threads), depth);
 }
 
 LinearShape linear_shape(const Tensor& x, const Tensor& weight) { return {x.size(0), weight.size(1), weight.size(0)}; }

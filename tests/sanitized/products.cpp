@@ -179,8 +179,8 @@ int main() {
   using namespace torch_mlp;
   // Rows and columns around the tiles' sizes; rows that are worth copying for, half pages and whole ones apart; depths
   // of one part and of several.
-  const Sizes shapes[] = {{1, 17, 300},  {1, 1024, 130}, {2, 64, 1},     {5, 33, 7},   {7, 100, 40},  {10, 64, 20},
-                          {11, 64, 130}, {12, 512, 65},  {13, 1, 300},   {23, 15, 3},  {66, 512, 40}, {70, 1024, 9},
+  const Sizes shapes[] = {{1, 17, 300},  {1, 1024, 130}, {2, 64, 1},     {5, 33, 7},    {7, 100, 40},  {10, 64, 20},
+                          {11, 64, 130}, {12, 512, 65},  {13, 1, 300},   {23, 15, 3},   {66, 512, 40}, {70, 1024, 9},
                           {300, 130, 3}, {257, 512, 40}, {260, 96, 420}, {13, 40, 800}, {400, 64, 70}, {40, 33, 1000}};
   for (const Tuning& cut : {Tuning{256, 1 << 16, false, true}, Tuning{128, 0, true, false}}) {
     chosen = cut;

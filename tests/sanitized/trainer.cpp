@@ -1,6 +1,7 @@
 // Small epochs of every kind, with one to four threads, for test_sanitizers.py to compile with a sanitizer: networks of
 // one to four layers, few and many classes, images with and without zeros, products of bfloat16, with momentum and
 // without. Prints "trained" if every loss is finite, and memory for a minibatch does for a shorter one.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -62,16 +63,22 @@ bool trains(const Case& self, int64_t threads, std::mt19937& random) {
   return true;
 }
 
-// Whether products need no more memory the shorter they are; how many parts they are cut into depends on the length.
+// Whether products need no more memory the shorter they are, or the fewer rows they have; how many parts they are cut
+// into depends on that.
 template <typename T>
 bool is_enough_for_shorter(const ProductKernels<T>& table) {
-  for (const bool a_transposed : {false, true}) {
-    const auto scratch = [&](int64_t depth) {
-      return table.product_scratch({100, 100, depth, {}, a_transposed, {}, {}});
+  const auto of_size = [&](int64_t size) {
+    const auto scratch = [&](int64_t rows, int64_t depth, bool a_transposed) {
+      return table.product_scratch({rows, 100, depth, {}, a_transposed, {}, {}});
     };
-    for (int64_t depth = 2; depth < 2000; ++depth) {
-      if (scratch(depth) < scratch(depth - 1)) {
-        std::printf("a product of depth %d needs less memory than one of depth %d\n", int(depth), int(depth) - 1);
+    return std::array{scratch(100, size, false), scratch(100, size, true), scratch(size, 100, false),
+                      scratch(size, 100, true), table.linear_scratch({size, 100, 2000})};
+  };
+  for (int64_t size = 2; table.product && size < 2000; ++size) {
+    const auto shorter = of_size(size - 1), longer = of_size(size);
+    for (size_t i = 0; i < shorter.size(); ++i) {
+      if (longer[i] < shorter[i]) {
+        std::printf("a product %d long needs less memory than one %d long\n", int(size), int(size) - 1);
         return false;
       }
     }
@@ -82,7 +89,8 @@ bool is_enough_for_shorter(const ProductKernels<T>& table) {
 }  // namespace
 
 int main() {
-  if (!is_enough_for_shorter(kernels().products_float) || !is_enough_for_shorter(kernels().products_bfloat16)) {
+  if (!is_enough_for_shorter(kernels().products_float) || !is_enough_for_shorter(kernels().products_split) ||
+      !is_enough_for_shorter(kernels().products_bfloat16)) {
     return 1;
   }
   const std::vector<std::vector<int64_t>> networks{

@@ -1,0 +1,184 @@
+// A float in three bfloat16 that add up to it exactly, and operands of products so split, in the order in which AMX,
+// the matrix unit of Intel's processors, wants them (gemm_amx.h):
+//
+//   x = x0 + x1 + x2        x0 = x, rounded to the 8 bits of a bfloat16; x1 = x - x0, cut to 8 bits; x2 = x - x0 - x1
+//   x y = x0 y0 + x0 y1 + x1 y0 + x0 y2 + x1 y1 + x2 y0       but for 2^-23 |x y| at most, mostly less than 2^-26
+//
+// (Henry, Tang and Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype for Higher-Precision
+// Computations, 2019.)
+//
+// The unit takes subnormal numbers for 0, and an infinity has no such parts. So the sum is said not to be exact where
+// the largest of the numbers that are split together is neither 0 nor between 2^-48 and 2^48: elsewhere what is taken
+// for 0 is less than 2^-78 of the largest. For level.h.
+#pragma once
+
+#include "vector.h"
+
+namespace torch_mlp::TORCH_MLP_LEVEL {
+namespace {
+
+// A tile of the unit: kTileSide rows of so many pairs of bfloat16, or floats. An operand's tile has kTileDepth of the
+// depth: in a lie the pairs of a row beside each other, in b those of a column below each other. A pair is of elements
+// kTileSide apart, so that it is made of two whole vectors.
+constexpr int kTileSide = kLanes;
+constexpr int64_t kTilePairs = kTileSide * kTileSide, kTileDepth = 2 * kTileSide;
+constexpr int64_t kTileRowBytes = kTileSide * sizeof(float);
+// Rows of a, or columns of b, of two tiles: with both, four tiles of sums, and room for two of a and two of b.
+constexpr int64_t kBand = 2 * kTileSide;
+constexpr int kParts = 3;  // of a float
+// Of a band: for each kTileDepth of the depth the tiles of the first part, those of the second and of the third.
+constexpr int64_t kPartPairs = 2 * kTilePairs, kStepPairs = kParts * kPartPairs;
+
+// An operand: element p along the depth of a line, a row of a or a column of b. One of the strides is 1.
+struct Lines {
+  const float* data;
+  int64_t line_stride, depth_stride;
+
+  TORCH_MLP_INLINE Lines from(int64_t line, int64_t p) const {
+    return {data + line * line_stride + p * depth_stride, line_stride, depth_stride};
+  }
+};
+
+Lines lines_of(ConstMatrix matrix, bool are_columns) {
+  return are_columns ? Lines{matrix.data, 1, matrix.stride} : Lines{matrix.data, matrix.stride, 1};
+}
+
+// The larger ones of two vectors of bfloat16 without their signs, which are doubled so.
+TORCH_MLP_INLINE vec_uint larger(vec_uint doubled, vec_uint pairs) {
+  const __m512i shifted = _mm512_add_epi16((__m512i)pairs, (__m512i)pairs);
+  return (vec_uint)_mm512_maskz_max_epu16(0xffffffff, (__m512i)doubled, shifted);
+}
+
+// The first parts of the pairs (x, y), each to a tile of its own.
+TORCH_MLP_INLINE vec_uint split_pairs(vec x, vec y, bfloat16_pair* to, vec_uint most) {
+  const auto upper_half = [&](vec_uint bits) { return (vec)(bits & 0xffff0000); };
+  const auto pairs = [&](vec first, vec second) { return (vec_uint)first >> 16 | (vec_uint)second; };
+  // Rounded, ties away from 0. What is left may have either sign.
+  const vec x0 = upper_half((vec_uint)x + 0x8000), y0 = upper_half((vec_uint)y + 0x8000);
+  const vec_uint first = pairs(x0, y0);
+  store(to, (vec)first);
+  x -= x0;
+  y -= y0;
+  const vec x1 = upper_half((vec_uint)x), y1 = upper_half((vec_uint)y);
+  store(to + kPartPairs, (vec)pairs(x1, y1));
+  // What is left has no lower half, unless it is subnormal.
+  store(to + 2 * kPartPairs, (vec)pairs(x - x1, upper_half((vec_uint)(y - y1))));
+  return larger(most, first);
+}
+
+// Row i of a matrix of (rows, cols), of which a vector's width is read, with zeros beyond where it is not whole.
+template <bool is_whole>
+TORCH_MLP_INLINE vec load_row(Rows<const float> of, int64_t i, int64_t rows, int64_t cols) {
+  const bool is_there = is_whole || (i < rows && cols > 0);
+  return is_there ? load_some<is_whole>(of.data + i * of.stride, min(cols, kTileSide)) : vec{};
+}
+
+template <bool is_whole>
+TORCH_MLP_INLINE void load_transposed(Rows<const float> of, int64_t rows, int64_t cols, vec (&square)[kTileSide]) {
+  TORCH_MLP_UNROLL
+  for (int i = 0; i < kTileSide; ++i) {
+    square[i] = load_row<is_whole>(of, i, rows, cols);
+  }
+  transpose(square);
+}
+
+// The tiles, one for each part, of `depth` of `lines`, or of as much of them as a tile holds.
+template <bool is_a, bool is_transposed, bool is_whole>
+TORCH_MLP_INLINE vec_uint split_tile(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to, vec_uint most) {
+  constexpr bool rows_are_lines = is_a != is_transposed;  // as they lie in memory
+  const int64_t stride = rows_are_lines ? of.line_stride : of.depth_stride, second_depth = depth - kTileSide;
+  const int64_t rows = rows_are_lines ? lines : depth, cols = rows_are_lines ? depth : lines;
+  const int64_t second_rows = rows_are_lines ? lines : second_depth,
+                second_cols = rows_are_lines ? second_depth : lines;
+  const Rows<const float> first{of.data, stride}, second{of.from(0, kTileSide).data, stride};
+  vec x[kTileSide], y[kTileSide];
+  if constexpr (is_transposed) {
+    load_transposed<is_whole>(first, rows, cols, x);
+    load_transposed<is_whole>(second, second_rows, second_cols, y);
+  }
+  TORCH_MLP_UNROLL
+  for (int i = 0; i < kTileSide; ++i) {
+    if constexpr (!is_transposed) {
+      x[i] = load_row<is_whole>(first, i, rows, cols);
+      y[i] = load_row<is_whole>(second, i, second_rows, second_cols);
+    }
+    most = split_pairs(x[i], y[i], to + i * kTileSide, most);
+  }
+  return most;
+}
+
+// Whether the parts can do for these operands, see above.
+bool are_exact(vec_uint most) {
+  uint16_t largest = 0, each[2 * kLanes];
+  memcpy(each, &most, sizeof(each));
+  for (const uint16_t value : each) {
+    largest = value > largest ? value : largest;
+  }
+  constexpr uint16_t least = (127 - 48) << 8, too_large = (127 + 48) << 8;  // 2^-48 and 2^48 in bfloat16, doubled
+  return largest == 0 || (largest >= least && largest < too_large);
+}
+
+// Splits (lines, depth) of an operand, with zeros up to whole bands and steps. Whether the parts are exact.
+template <bool is_a, bool is_transposed>
+bool split(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to) {
+  vec_uint most{};
+  for (int64_t band = 0; band < lines; band += kBand) {
+    for (int64_t p = 0; p < depth; p += kTileDepth, to += kStepPairs) {
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t begin = band + half * kTileSide;
+        const Lines tile = of.from(begin, p);
+        bfloat16_pair* const to_tile = to + half * kTilePairs;
+        if (lines - begin >= kTileSide && depth - p >= kTileDepth) {
+          most = split_tile<is_a, is_transposed, true>(tile, kTileSide, kTileDepth, to_tile, most);
+        } else {
+          most = split_tile<is_a, is_transposed, false>(tile, lines - begin, depth - p, to_tile, most);
+        }
+      }
+    }
+  }
+  return are_exact(most);
+}
+
+// Splits a band, which is not transposed, a few of the vectors at a time.
+template <bool is_a>
+class BandSplitter {
+ public:
+  // No lines: nothing to do.
+  BandSplitter(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to)
+      : of_(of), lines_(lines), depth_(depth), to_(to), whole_(lines == kBand ? depth / kTileDepth * kBand : 0) {}
+
+  // The vectors of a whole step are numbered through its two tiles.
+  TORCH_MLP_INLINE void split_some(int64_t count) {
+    for (const int64_t end = min(whole_, next_ + count); next_ < end; ++next_) {
+      const int64_t step = next_ / kBand, half = next_ / kTileSide % 2, i = next_ % kTileSide;
+      const Lines x = of_.from(half * kTileSide + (is_a ? i : 0), step * kTileDepth + (is_a ? 0 : i));
+      most_ = split_pairs(load(x.data), load(x.from(0, kTileSide).data),
+                          to_ + step * kStepPairs + half * kTilePairs + i * kTileSide, most_);
+    }
+  }
+
+  // The rest. Whether the parts are exact.
+  bool finish() {
+    split_some(whole_);
+    for (int64_t p = whole_ / kBand * kTileDepth; p < depth_ && lines_ > 0; p += kTileDepth) {
+      for (int64_t half = 0; half < 2; ++half) {
+        most_ = split_tile<is_a, false, false>(of_.from(half * kTileSide, p), lines_ - half * kTileSide, depth_ - p,
+                                               to_ + p / kTileDepth * kStepPairs + half * kTilePairs, most_);
+      }
+    }
+    return are_exact(most_);
+  }
+
+  int64_t whole() const { return whole_; }
+
+ private:
+  const Lines of_;
+  const int64_t lines_, depth_;
+  bfloat16_pair* const to_;
+  const int64_t whole_;  // vectors
+  int64_t next_ = 0;
+  vec_uint most_{};
+};
+
+}  // namespace
+}  // namespace torch_mlp::TORCH_MLP_LEVEL
