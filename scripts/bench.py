@@ -6,9 +6,9 @@ directly ("ops"), the processor's own peak (multiplications and additions that w
 logits. What the ops do not take is taken by autograd and Python, whatever the kernels do. Together they give the limit:
 the ratio if products ran at the peak, or if a loss took no longer than one exponential a logit at the peak (three for
 the binary one, whose logarithm counts as one) or a copy of what it reads and writes, whichever is longer. The peak is
-that of the vector instructions in float32; where a matrix unit multiplies float32, more than 100 % of it may be reached,
-and the limit is by the unit's own peak. Losses get the upstream gradient that loss.backward() gives, 1; with another
-one ("scaled") cross_entropy multiplies by it. Every figure is the median over the turns.
+that of the vector instructions in float32; where a matrix unit multiplies float32, more than 100 % of it may be
+reached, and the limit is by the unit's own peak. Losses get the upstream gradient that loss.backward() gives, 1; with
+another one ("scaled") cross_entropy multiplies by it. Every figure is the median over the turns.
 """
 
 import argparse

@@ -72,7 +72,7 @@ SIZES = [0.0, 1e-44, 1e-38, 1e-36, 1e-34, 1e-30, 1e-20, 2.0**-49, 2.0**-48, 2.0*
     [*itertools.product(["one", "row", "all"], SIZES), ("one", 3.4e38), ("one", torch.inf), ("one", torch.nan)],
 )
 def test_numbers_of_any_size(operand, where, size):
-    """What three parts cannot hold is multiplied in float32, or is nothing beside the largest: the results are torch's."""
+    """What three parts cannot hold is multiplied in float32, or is nothing beside the largest: results are torch's."""
     generator = torch.Generator().manual_seed(3)
     values = {
         "input": torch.randn(300, 200, generator=generator),

@@ -274,7 +274,7 @@ const Kernels& kernels();
 // Whose matrix products are the faster ones on this processor, as far as it was measured: see products.cpp.
 enum class Products {
   Kernels,         // AVX2 and AVX-512, but for Intel; and wherever a level is forced, to test and measure it
-  KernelsIfSmall,  // Intel's: MKL is tuned for them, and the better one for gradients of large batches
+  KernelsIfSmall,  // Intel's: MKL is tuned for them, and the better one for gradients of large batches; see also below
   Library,         // the level "default": torch's library has kernels of its own for most processors
 };
 
