@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DIFFERENTIABLE, EAGER, assert_no_less_accurate
+from conftest import ALIKE_THREADS, DIFFERENTIABLE, EAGER, assert_no_less_accurate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ def test_every_instruction_set(level):
     folder = os.path.dirname(__file__)
     files = [
         os.path.join(folder, f"test_{name}.py")
-        for name in ("cpu_kernels", "linear_act", "cross_entropy", "binary_cross_entropy", "epoch")
+        for name in ("cpu_kernels", "matrix_unit", "linear_act", "cross_entropy", "binary_cross_entropy", "epoch")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not cuda", *files]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(folder))
@@ -395,7 +395,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     threads = torch.get_num_threads()
     try:
         by_threads = []
-        for count in (1, 2, 3, 2, 1):
+        for count in (*ALIKE_THREADS, *reversed(ALIKE_THREADS)):
             torch.set_num_threads(count)
             by_threads.append(results())
     finally:

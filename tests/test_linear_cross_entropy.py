@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DTYPES, assert_no_less_accurate, assert_same_bits, clones, why_no_cuda
+from conftest import ALIKE_THREADS, DTYPES, assert_no_less_accurate, assert_same_bits, clones, why_no_cuda
 from torch.autograd import gradcheck, gradgradcheck
 
 from torch_mlp.functional import cross_entropy, linear_cross_entropy
@@ -266,7 +266,7 @@ def test_number_of_threads_does_not_change_the_bits(reduction):
     tensors, grad_output = make("cpu", torch.float32, 600, 64, 700), upstream(reduction, 600, "cpu")
     threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in ALIKE_THREADS:
             torch.set_num_threads(count)
             found.append(results(linear_cross_entropy, tensors, grad_output, reduction=reduction))
     finally:

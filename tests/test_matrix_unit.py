@@ -19,6 +19,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True, params=[1, 2, 3])
+def _threads(request):
+    """Where the level is forced, see test_cpu_kernels.py, the unit has the products of any number of threads."""
+    if request.param > 1 and "TORCH_MLP_CPU_CAPABILITY" not in os.environ:
+        pytest.skip("with several threads the matrix unit is used where TORCH_MLP_CPU_CAPABILITY says so")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(threads)
+
+
 def selection(rows, cols, generator):
     """A matrix with one power of two in each row, which selects an element, and zeros."""
     matrix = torch.zeros(rows, cols)

@@ -87,19 +87,9 @@ struct Workspace {
 
 constexpr int64_t kUpdateRows = 64;  // of a weight, whose gradients are computed at once
 
-// The kernels for what a thread multiplies: (rows, depth) by (depth, cols).
-template <typename T>
-const ProductKernels<T>& faster_kernels(int64_t rows, int64_t cols, int64_t depth) {
-  if constexpr (std::is_same_v<T, float>) {
-    return faster_by_matrix_unit(rows, cols, depth) ? kernels().products_split : kernels().products_float;
-  } else {
-    return kernels().products_bfloat16;
-  }
-}
-
 template <typename T>
 void multiply(const Product<T>& product, const Workspace& my) {
-  const ProductKernels<T>& table = faster_kernels<T>(product.rows, product.cols, product.depth);
+  const ProductKernels<T>& table = product_kernels<T>();
   table.product(product, 0, table.product_tasks(product), reinterpret_cast<T*>(my.products));
 }
 
@@ -120,15 +110,11 @@ class DenseLayer {
   // Elements of Workspace::products for any of what follows.
   int64_t scratch(int64_t batch) const {
     const int64_t ins = layer_.ins, outs = layer_.outs;
-    int64_t most = kernels().products_bfloat16.linear_scratch({batch, ins, outs});
-    for (const ProductKernels<float>& table : {kernels().products_float, kernels().products_split}) {
-      if (table.product) {
-        most = std::max({most, table.linear_scratch({batch, ins, outs}),
-                         table.product_scratch({batch, ins, outs, {}, false, {}, {}}),
-                         table.product_scratch({outs, ins, batch, {}, true, {}, {}})});
-      }
-    }
-    return most;
+    const ProductKernels<float>& table = kernels().products_float;
+    return std::max({product_kernels<bfloat16_pair>().linear_scratch({batch, ins, outs}),
+                     table.linear_scratch({batch, ins, outs}),
+                     table.product_scratch({batch, ins, outs, {}, false, {}, {}}),
+                     table.product_scratch({outs, ins, batch, {}, true, {}, {}})});
   }
 
   // The columns of the output, which begin at output.
@@ -187,8 +173,8 @@ class DenseLayer {
   template <typename T>
   static void linear(Rows<T> input, Rows<T> weight, Range ins, int64_t batch, Range outs, const float* bias,
                      ActivationKind activation, Matrix output, const Workspace& my) {
+    const ProductKernels<T>& table = product_kernels<T>();
     const LinearShape shape{batch, ins.size(), outs.size()};
-    const ProductKernels<T>& table = faster_kernels<T>(batch, outs.size(), ins.size());
     table.linear({shape,
                   from_column(input, ins.begin),
                   {weight.data + outs.begin * weight.stride + ins.begin, weight.stride},

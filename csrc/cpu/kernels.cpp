@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../ceil_div.h"
 #include "../checks.h"
 #include "amx.h"
 
@@ -87,27 +86,6 @@ Products faster_products() {
     return is_intel() ? Products::KernelsIfSmall : Products::Kernels;
   }();
   return faster;
-}
-
-// The unit over MKL, both on one thread, Intel Emerald Rapids:
-//              forward      grad_input    grad_weight
-//   batch 64   1.2 to 1.6   1.0 to 1.3    1.2 to 1.6
-//   batch 128  1.3 to 1.7   1.3 to 1.6    1.3 to 1.6
-//   batch 512  1.5 to 1.6   1.5 to 1.7    1.5 to 1.6
-//   batch 4096 1.6 to 1.8   1.6           1.1 to 1.5
-// To split an element of an operand, or to finish one of the result, costs as much as about 32 multiplications. What
-// fills up the unit's tiles, two of 16 beside each other, costs as much as what counts.
-bool faster_by_matrix_unit(int64_t rows, int64_t cols, int64_t depth) {
-  if (!kernels().products_split.product) {
-    return false;
-  }
-  if (forced_level()) {  // for tests
-    return depth > 1;
-  }
-  constexpr int64_t band = 32;
-  const auto padded = [](int64_t size) { return ceil_div(size, band) * band; };
-  const int64_t multiplications = rows * cols * depth, visited = rows * cols + (rows + cols) * depth;
-  return 32 * visited <= multiplications && 3 * padded(rows) * padded(cols) * padded(depth) <= 4 * multiplications;
 }
 
 }  // namespace torch_mlp

@@ -271,17 +271,22 @@ extern const Kernels kernels;
 // names; chosen at the first call.
 const Kernels& kernels();
 
+template <typename T>
+const ProductKernels<T>& product_kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return kernels().products_float;
+  } else {
+    return kernels().products_bfloat16;
+  }
+}
+
 // Whose matrix products are the faster ones on this processor, as far as it was measured: see products.cpp.
 enum class Products {
   Kernels,         // AVX2 and AVX-512, but for Intel; and wherever a level is forced, to test and measure it
-  KernelsIfSmall,  // Intel's: MKL is tuned for them, and the better one for gradients of large batches; see also below
+  KernelsIfSmall,  // Intel's: MKL is tuned for them, and the better one for gradients of large batches
   Library,         // the level "default": torch's library has kernels of its own for most processors
 };
 
 Products faster_products();
-
-// Whether one thread multiplies (rows, depth) and (depth, cols) in float32 faster by the processor's matrix unit than
-// by its vector instructions; false where it has none.
-bool faster_by_matrix_unit(int64_t rows, int64_t cols, int64_t depth);
 
 }  // namespace torch_mlp
