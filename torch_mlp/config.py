@@ -33,8 +33,8 @@ def show_config() -> None:
 
     The instruction set is the best one that the processor has: amx (avx512_bf16 and the matrix unit of Intel's
     processors), avx512_bf16 (AVX-512 with products of bfloat16), avx512, avx2 or default. The environment variable
-    ``TORCH_MLP_CPU_CAPABILITY`` forces one of them; it is read once, at the first use. The matrix unit multiplies float32
-    where there is one thread, and with any number of threads where amx is forced.
+    ``TORCH_MLP_CPU_CAPABILITY`` forces one of them; it is read once, at the first use. The matrix unit multiplies
+    float32 where there is one thread, and with any number of threads where amx is forced.
 
     Raises:
         RuntimeError: if ``TORCH_MLP_CPU_CAPABILITY`` names an instruction set that the processor does not have.
