@@ -27,8 +27,8 @@ EAGER = {
 DIFFERENTIABLE = [name for name, activation in torch_mlp.functional.ACTIVATIONS.items() if activation.derivative]
 
 # Numbers of threads that give the same bits: a matrix unit multiplies for one thread, or, at a forced level, for all.
-HAS_MATRIX_UNIT = torch_mlp.ops.cpu_capability() == "amx" and "TORCH_MLP_CPU_CAPABILITY" not in os.environ
-ALIKE_THREADS = (2, 3, 4) if HAS_MATRIX_UNIT else (1, 2, 3)
+IS_ONE_UNLIKE = torch_mlp.ops.cpu_capability() == "amx" and "TORCH_MLP_CPU_CAPABILITY" not in os.environ
+ALIKE_THREADS = (2, 3, 4) if IS_ONE_UNLIKE else (1, 2, 3)
 
 
 def why_no_cuda() -> str | None:

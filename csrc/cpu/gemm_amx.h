@@ -156,24 +156,19 @@ struct SplitPart {
 };
 
 // What a thread cuts its work into, whole bands and steps, and its scratch memory of floats or pairs: a block of the
-// resident operand and two bands of the other, one block of the result, and what the products by floats need. The
-// places are bounds that do not fall with the sizes: memory for a minibatch has to do for a shorter one.
+// resident operand and two bands of the other, one block of the result, and what the products by floats need.
 struct SplitScratch {
-  int64_t most_lines, most_depth, bound_of_lines, bound_of_depth;
+  int64_t most_lines, most_depth;
 
   SplitScratch(int64_t resident_lines, int64_t depth)
-      : most_lines(whole(equal_part(resident_lines, kResidentLines), kBand)),
-        most_depth(whole(equal_part(depth, kSplitDepth), kTileDepth)),
-        bound_of_lines(whole(min(resident_lines, kResidentLines * 3 / 2), kBand)),
-        bound_of_depth(whole(min(depth, kSplitDepth * 3 / 2), kTileDepth)) {}
+      : most_lines(ceil_div(equal_part(resident_lines, kResidentLines), kBand) * kBand),
+        most_depth(ceil_div(equal_part(depth, kSplitDepth), kTileDepth) * kTileDepth) {}
 
-  static int64_t whole(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
-
-  int64_t band() const { return bound_of_depth / kTileDepth * kStepPairs; }
-  int64_t bands() const { return bound_of_lines / kBand * band(); }
+  int64_t band() const { return most_depth / kTileDepth * kStepPairs; }
+  int64_t bands() const { return most_lines / kBand * band(); }
   int64_t block() const { return bands() + 2 * band(); }
   int64_t floats() const { return block() + kBand * kBand; }
-  int64_t size() const { return floats() + bound_of_depth * (kBand + kPanelCols); }
+  int64_t size() const { return floats() + most_depth * (kBand + kPanelCols); }
 };
 
 // For each part of at most a band of rows and of columns, result.block(part) gets the sums and result.finish(part) is
@@ -231,8 +226,10 @@ bool streams_a(const Product<float>& self) { return !self.a_transposed && self.r
 
 int64_t split_product_tasks(const Product<float>& self) { return split_tasks(self.rows, self.cols); }
 
+int64_t resident_lines(const Product<float>& self) { return streams_a(self) ? self.cols : self.rows; }
+
 int64_t split_product_scratch(const Product<float>& self) {
-  return SplitScratch(self.a_transposed ? self.rows : min(self.rows, self.cols), self.depth).size();
+  return SplitScratch(resident_lines(self), self.depth).size();
 }
 
 // c = act(sum + bias), or that of c + sum, of the first count elements.
@@ -284,7 +281,7 @@ struct SplitProductResult {
 
 void split_product(const Product<float>& self, int64_t begin, int64_t end, float* scratch) {
   const Lines a = lines_of(self.a, self.a_transposed), b = lines_of(self.b, true);
-  const SplitScratch sizes(streams_a(self) ? self.cols : self.rows, self.depth);
+  const SplitScratch sizes(resident_lines(self), self.depth);
   const SplitProductResult result{self, {scratch + sizes.block(), kBand}, scratch + sizes.floats()};
   if (streams_a(self)) {
     const SplitWork work(b, self.cols, a, self.rows, self.depth, begin, end);

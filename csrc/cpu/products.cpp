@@ -123,12 +123,12 @@ KernelsWin bfloat16_kernels_win(const LinearShape& shape) {
 // To split an element of an operand, or to finish one of the result, costs as much as about 32 multiplications. What
 // fills up the unit's tiles, two of 16 beside each other, costs as much as what counts.
 //
-// With one thread only, unless the level is forced: on the virtual machine where this was measured the unit fell to 0.4
-// times its speed for seconds whenever two processors used it, or slept in between, and two threads then took up to
-// 1.8 times as long as MKL's; when it did not fall they were 1.2 to 1.5 times as fast.
+// With one thread only, unless the level is forced: on the virtual machine where this was measured the unit often fell
+// to 0.4 times its speed, for seconds, when two processors used it or had slept, and two threads then took up to 1.8
+// times as long as MKL's; when it did not fall they were 1.2 to 1.5 times as fast.
 bool matrix_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
   constexpr int64_t band = 32;
-  const bool is_forced = faster_products() == Products::Kernels;  // else the unit's, Intel's, are not
+  const bool is_forced = faster_products() == Products::Kernels;  // else a processor with this unit, Intel's, has MKL
   if (!kernels().products_split.product || !(is_forced || torch::stable::get_num_threads() == 1)) {
     return false;
   }
