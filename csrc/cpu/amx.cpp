@@ -35,7 +35,7 @@ bool system_gives_amx() {
   for (const int signal : {SIGILL, SIGSEGV, SIGBUS, SIGFPE}) {
     std::signal(signal, [](int) { _exit(1); });  // for the child alone; quietly, without a core dump
   }
-  level_amx::kernels.products_split.product(product, 0, 1, scratch);
+  level_amx::kernels.unit_float.product(product, 0, 1, scratch);
   *survived = 1;
   _exit(0);
 }
@@ -49,7 +49,7 @@ bool child_survives() {
   const float one = 1;
   float result = 0;
   const Product<float> product{1, 1, 1, {&one, 1}, false, {&one, 1}, {&result, 1}};
-  std::vector<float> scratch(level_amx::kernels.products_split.product_scratch(product));
+  std::vector<float> scratch(level_amx::kernels.unit_float.product_scratch(product));
   const pid_t child = vfork();
   if (child == 0) {
     multiply_and_exit(product, scratch.data(), static_cast<char*>(shared));

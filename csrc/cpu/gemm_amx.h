@@ -1,12 +1,12 @@
-// Products of float matrices by AMX, the matrix unit of Intel's processors since Sapphire Rapids. It multiplies
-// bfloat16 and sums in float, so each float is split into three bfloat16 (split_floats.h). The six products of these
-// that count take 6/16 of the time of one product of floats, and their sums have no more rounding errors. What the
-// three parts cannot hold is multiplied by the tiles of gemm.h.
+// Products of matrices by AMX, the matrix unit of Intel's processors since Sapphire Rapids. It multiplies bfloat16 and
+// sums in float. A float is split into three bfloat16 (split_floats.h): the six products of these that count take 6/16
+// of the time of one product of floats, and their sums have no more rounding errors. What the three parts cannot hold
+// is multiplied by the tiles of gemm.h. Products of bfloat16 are rounded to bfloat16 once, at the end.
 //
-// Of the two operands one is resident: a block of it is split beforehand and stays in the second-level cache. The other
-// streams past it band by band, the next of which is split while the unit multiplies: this takes no time of its own,
-// for the unit leaves the vector instructions to others, nor has the unit to wake up, which takes a microsecond or two
-// after a pause. The longer operand streams, unless it lies in memory transposed:
+// Of the two operands one is resident: a block of it is brought into tiles beforehand and stays in the second-level
+// cache. The other streams past it band by band, the next of which is brought into tiles while the unit multiplies: this
+// takes no time of its own, for the unit leaves the vector instructions to others, nor has the unit to wake up, which
+// takes a microsecond or two after a pause. The longer operand streams, unless it lies in memory transposed:
 //
 //   product                  streams    resident
 //   linear   y^T = W x^T     W          x^T
@@ -18,14 +18,21 @@
 #pragma once
 
 #include "gemm.h"
-#include "split_floats.h"
+#include "unit_bands.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
 
 // Measured on Emerald Rapids:
-constexpr int64_t kResidentLines = 256;  // about
-constexpr int64_t kSplitDepth = 640;     // about
+template <typename T>
+constexpr int64_t kResidentLines = std::is_same_v<T, float> ? 256 : 512;  // about, as all of these
+template <typename T>
+constexpr int64_t kUnitDepth = std::is_same_v<T, float> ? 640 : 1024;
+constexpr int64_t kDepthOfRows = 512;  // of bfloat16 where both operands lie in rows along it
+constexpr int64_t kSumLines = 1024;    // of what streams
+constexpr int64_t kRowsToFinish = 8;   // at a time
+
+constexpr int64_t kBlock = kBand * kBand;
 
 // The shapes of the eight tiles, all of them whole.
 struct alignas(64) TileShapes {
@@ -36,56 +43,95 @@ struct alignas(64) TileShapes {
 // In memory throughout: the compiler does not know how much of it is read.
 constexpr TileShapes kTileShapes;
 
-// block (kBand, kBand) = the product of two bands, steps times kTileDepth deep. Meanwhile a band of what streams is
-// split, so many vectors with every four tiles.
-template <typename Splitter>
-TORCH_MLP_INLINE void multiply_bands(const bfloat16_pair* a, const bfloat16_pair* b, int64_t steps, Matrix block,
-                                     Splitter& next, int64_t vectors) {
+// sums (kBand, kBand) = the product of two bands, steps times kTileDepth deep; or sums += it. With every four tiles of
+// it, meanwhile() is called. The streaming operand's stay in the first-level cache for the next band of the resident one,
+// whose own pass it by.
+template <bool streams_a, typename T, typename Meanwhile>
+TORCH_MLP_INLINE void multiply_bands(const BandOfA<T>& a, const bfloat16_pair* b, int64_t steps, Matrix sums, bool adds,
+                                     Meanwhile&& meanwhile) {
   // Tiles 0 to 3 hold the sums, 4 and 5 a part of a, 6 and 7 one of b.
-  const auto load_a = [&](int part) {
-    _tile_loadd(4, a + part * kPartPairs, kTileRowBytes);
-    _tile_loadd(5, a + part * kPartPairs + kTilePairs, kTileRowBytes);
+  const auto load_a = [&](const void* upper, const void* lower, int64_t stride) {
+    if constexpr (streams_a) {
+      _tile_loadd(4, upper, stride);
+      _tile_loadd(5, lower, stride);
+    } else {
+      _tile_stream_loadd(4, upper, stride);
+      _tile_stream_loadd(5, lower, stride);
+    }
   };
-  const auto load_b = [&](int part) {
-    _tile_loadd(6, b + part * kPartPairs, kTileRowBytes);
-    _tile_loadd(7, b + part * kPartPairs + kTilePairs, kTileRowBytes);
+  const auto load_b = [&](const bfloat16_pair* tiles) {
+    if constexpr (streams_a) {
+      _tile_stream_loadd(6, tiles, kTileRowBytes);
+      _tile_stream_loadd(7, tiles + kTilePairs, kTileRowBytes);
+    } else {
+      _tile_loadd(6, tiles, kTileRowBytes);
+      _tile_loadd(7, tiles + kTilePairs, kTileRowBytes);
+    }
   };
   const auto multiply = [&] {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    next.split_some(vectors);
+    meanwhile();
   };
-  asm volatile("" ::: "memory");  // what was split is stored: the compiler does not know that loads of tiles read it
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t step = 0; step < steps; ++step, a += kStepPairs, b += kStepPairs) {
-    // The small products first; from one to the next, one operand stays.
-    load_a(2);
-    load_b(0);
-    multiply();
-    load_a(1);
-    multiply();
-    load_b(1);
-    multiply();
-    load_a(0);
-    multiply();
-    load_b(2);
-    multiply();
-    load_b(0);
-    multiply();
+  const int64_t stride = sums.stride * sizeof(float);
+  float* const lower = sums.data + kTileSide * sums.stride;
+  asm volatile("" ::: "memory");  // tiles are filled: the compiler does not know that what loads them reads memory
+  if (adds) {
+    _tile_loadd(0, sums.data, stride);
+    _tile_loadd(1, sums.data + kTileSide, stride);
+    _tile_loadd(2, lower, stride);
+    _tile_loadd(3, lower + kTileSide, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
-  const int64_t stride = block.stride * sizeof(float);
-  float* const lower = block.data + kTileSide * block.stride;
-  _tile_stored(0, block.data, stride);
-  _tile_stored(1, block.data + kTileSide, stride);
+  int64_t step = 0;
+  if constexpr (kParts<T> == 1) {
+    for (; step < a.steps_in_place; ++step) {
+      const auto at = [&](int64_t line) { return a.in_place.from(line, step * kTileDepth).data; };
+      load_a(at(0), at(kTileSide), a.in_place.line_stride * sizeof(T));
+      load_b(b + step * kStepPairs<T>);
+      multiply();
+    }
+  }
+  for (; step < steps; ++step) {
+    const bfloat16_pair *const of_a = a.tiles + step * kStepPairs<T>, *const of_b = b + step * kStepPairs<T>;
+    const auto part_of_a = [&](int part) {
+      load_a(of_a + part * kPartPairs, of_a + part * kPartPairs + kTilePairs, kTileRowBytes);
+    };
+    const auto part_of_b = [&](int part) { load_b(of_b + part * kPartPairs); };
+    if constexpr (kParts<T> == 1) {
+      part_of_a(0);
+      part_of_b(0);
+      multiply();
+    } else {
+      // The small products first; from one to the next, one operand stays.
+      part_of_a(2);
+      part_of_b(0);
+      multiply();
+      part_of_a(1);
+      multiply();
+      part_of_b(1);
+      multiply();
+      part_of_a(0);
+      multiply();
+      part_of_b(2);
+      multiply();
+      part_of_b(0);
+      multiply();
+    }
+  }
+  _tile_stored(0, sums.data, stride);
+  _tile_stored(1, sums.data + kTileSide, stride);
   _tile_stored(2, lower, stride);
   _tile_stored(3, lower + kTileSide, stride);
 }
-constexpr int kGroupsOfStep = 6;  // of four tiles
+template <typename T>
+constexpr int kGroupsOfStep = kParts<T> == 1 ? 1 : 6;  // of four tiles
 
 // For scripts/bench.py: products of tiles that wait for nothing, as many as a step of multiply_bands has. Of numbers
 // like any others, for the unit multiplies zeros faster.
@@ -109,7 +155,7 @@ float split_multiply_adds(int64_t rounds) {
   _tile_loadd(5, operands + kTilePairs, kTileRowBytes);
   _tile_loadd(6, operands + 2 * kTilePairs, kTileRowBytes);
   _tile_loadd(7, operands + 3 * kTilePairs, kTileRowBytes);
-  for (int64_t i = 0; i < kGroupsOfStep * rounds; ++i) {
+  for (int64_t i = 0; i < kGroupsOfStep<float> * rounds; ++i) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
@@ -121,12 +167,13 @@ float split_multiply_adds(int64_t rounds) {
 }
 
 // The lines of both operands that a thread multiplies, all of the depth.
-struct SplitWork {
-  Lines resident, streaming;
+template <typename T>
+struct UnitWork {
+  Lines<T> resident, streaming;
   int64_t resident_begin, resident_end, streaming_begin, streaming_end, depth;
 
-  SplitWork(const Lines& resident, int64_t resident_lines, const Lines& streaming, int64_t streaming_lines,
-            int64_t depth, int64_t begin, int64_t end)
+  UnitWork(const Lines<T>& resident, int64_t resident_lines, const Lines<T>& streaming, int64_t streaming_lines,
+           int64_t depth, int64_t begin, int64_t end)
       : resident(resident),
         streaming(streaming),
         resident_begin(0),
@@ -145,132 +192,224 @@ struct SplitWork {
 };
 
 // A task is a band of the longer operand.
-int64_t split_tasks(int64_t resident_lines, int64_t streaming_lines) {
+int64_t unit_tasks(int64_t resident_lines, int64_t streaming_lines) {
   return ceil_div(max(resident_lines, streaming_lines), kBand);
 }
 
 // A part of c and of the depth.
-struct SplitPart {
+struct UnitPart {
   int64_t row, rows, col, cols, p, depth;
   bool is_first, is_last;  // of the depth
 };
 
 // What a thread cuts its work into, whole bands and steps, and its scratch memory of floats or pairs: a block of the
-// resident operand and two bands of the other, one block of the result, and what the products by floats need.
-struct SplitScratch {
-  int64_t most_lines, most_depth;
+// resident operand and two bands of the other, blocks of sums, and what the products by floats need.
+template <typename T>
+struct UnitScratch {
+  int64_t most_lines, most_depth, most_streaming;
+  bool keeps_sums;  // of one part of the depth until the next; those of floats are added up in c
 
-  SplitScratch(int64_t resident_lines, int64_t depth)
-      : most_lines(ceil_div(equal_part(resident_lines, kResidentLines), kBand) * kBand),
-        most_depth(ceil_div(equal_part(depth, kSplitDepth), kTileDepth) * kTileDepth) {}
+  UnitScratch(int64_t resident_lines, int64_t streaming_lines, int64_t depth, int64_t about = kUnitDepth<T>)
+      : most_lines(ceil_div(equal_part(resident_lines, kResidentLines<T>), kBand) * kBand),
+        most_depth(ceil_div(equal_part(depth, about), kTileDepth) * kTileDepth),
+        keeps_sums(!std::is_same_v<T, float> && most_depth < depth) {
+    most_streaming = ceil_div(keeps_sums ? equal_part(streaming_lines, kSumLines) : streaming_lines, kBand) * kBand;
+  }
 
-  int64_t band() const { return most_depth / kTileDepth * kStepPairs; }
+  int64_t band() const { return most_depth / kTileDepth * kStepPairs<T>; }
   int64_t bands() const { return most_lines / kBand * band(); }
-  int64_t block() const { return bands() + 2 * band(); }
-  int64_t floats() const { return block() + kBand * kBand; }
-  int64_t size() const { return floats() + most_depth * (kBand + kPanelCols); }
+  int64_t sums() const { return bands() + 2 * band(); }
+  int64_t blocks() const { return keeps_sums ? most_lines / kBand * (most_streaming / kBand) : 2; }
+  int64_t turned() const { return sums() + blocks() * kBlock; }
+  int64_t floats() const { return turned() + kBlock; }
+  int64_t size() const { return floats() + (std::is_same_v<T, float> ? most_depth * (kBand + kPanelCols) : 0); }
+};
+
+// The last block of sums, until it is finished: step by step, while the unit multiplies the next.
+template <typename Result>
+class Finisher {
+ public:
+  explicit Finisher(const Result& result) : result_(result) {}
+
+  void start(const UnitPart& part, Matrix sums) {
+    part_ = part;
+    sums_ = sums;
+    next_ = 0;
+    steps_ = result_.steps_to_finish(part);
+  }
+  TORCH_MLP_INLINE void some(int64_t steps) {
+    for (const int64_t end = min(steps_, next_ + steps); next_ < end; ++next_) {
+      result_.finish(part_, sums_, next_);
+    }
+  }
+  void rest() { some(steps_); }
+  int64_t steps() const { return steps_; }
+
+ private:
+  const Result& result_;
+  UnitPart part_{};
+  Matrix sums_{};
+  int64_t next_ = 0, steps_ = 0;
 };
 
 // For each part of at most a band of rows and of columns, result.block(part) gets the sums and result.finish(part) is
-// called; or, where the sums would not be exact, result.multiply_floats(part) for all resident lines at once. Whether a
-// streams, or b; whether the resident operand is transposed.
-template <bool streams_a, bool is_transposed, typename Result>
-void multiply_split(const SplitWork& work, const SplitScratch& sizes, float* scratch, const Result& result) {
+// called so many times as result.steps_to_finish(part) says; or, where the sums would not be exact,
+// result.multiply_floats(part) for all resident lines at once. Whether a streams, or b; whether the resident operand is
+// transposed.
+template <bool streams_a, bool is_transposed, typename T, typename Result>
+void multiply_by_unit(const UnitWork<T>& work, const UnitScratch<T>& sizes, float* scratch, const Result& result) {
   auto* const resident = reinterpret_cast<bfloat16_pair*>(scratch);
   bfloat16_pair *streaming = resident + sizes.bands(), *next_streaming = streaming + sizes.band();
+  float* const spare_blocks = scratch + sizes.sums();
+  Finisher<Result> finisher(result);
   _tile_loadconfig(&kTileShapes);
-  for (int64_t line = work.resident_begin; line < work.resident_end; line += sizes.most_lines) {
-    const int64_t lines = min(work.resident_end - line, sizes.most_lines), bands = ceil_div(lines, kBand);
-    for (int64_t p = 0; p < work.depth; p += sizes.most_depth) {
-      const int64_t depth = min(work.depth - p, sizes.most_depth), steps = ceil_div(depth, kTileDepth);
-      const auto splitter = [&](int64_t band, bfloat16_pair* to) {
-        const int64_t band_lines = max(0, min(work.streaming_end - band, kBand));
-        return BandSplitter<streams_a>(work.streaming.from(band, p), band_lines, depth, to);
-      };
-      const bool resident_is_exact =
-          split<!streams_a, is_transposed>(work.resident.from(line, p), lines, depth, resident);
-      bool streaming_is_exact = splitter(work.streaming_begin, streaming).finish();
-      for (int64_t band = work.streaming_begin; band < work.streaming_end; band += kBand) {
-        const int64_t band_lines = min(work.streaming_end - band, kBand);
-        const auto part = [&](int64_t of_line, int64_t of_lines) {
-          const bool is_first = p == 0, is_last = p + depth == work.depth;
-          return streams_a ? SplitPart{band, band_lines, of_line, of_lines, p, depth, is_first, is_last}
-                           : SplitPart{of_line, of_lines, band, band_lines, p, depth, is_first, is_last};
+  for (int64_t first = work.streaming_begin; first < work.streaming_end; first += sizes.most_streaming) {
+    const int64_t last = min(work.streaming_end, first + sizes.most_streaming);
+    for (int64_t line = work.resident_begin; line < work.resident_end; line += sizes.most_lines) {
+      const int64_t lines = min(work.resident_end - line, sizes.most_lines), bands = ceil_div(lines, kBand);
+      for (int64_t p = 0; p < work.depth; p += sizes.most_depth) {
+        const int64_t depth = min(work.depth - p, sizes.most_depth), steps = ceil_div(depth, kTileDepth);
+        const auto lines_of_band = [&](int64_t band) { return max(0, min(last - band, kBand)); };
+        const auto filler = [&](int64_t band, bfloat16_pair* to) {
+          return BandFiller<streams_a, T>(work.streaming.from(band, p), lines_of_band(band), depth, to);
         };
-        auto next = splitter(band + kBand, next_streaming);
-        if (resident_is_exact && streaming_is_exact) {
-          const int64_t vectors = ceil_div(next.whole(), bands * steps * kGroupsOfStep);
-          for (int64_t i = 0; i < bands; ++i) {
-            const bfloat16_pair* const resident_band = resident + i * steps * kStepPairs;
-            const SplitPart block = part(line + i * kBand, min(lines - i * kBand, kBand));
-            multiply_bands(streams_a ? streaming : resident_band, streams_a ? resident_band : streaming, steps,
-                           result.block(block), next, vectors);
-            result.finish(block);
+        const bool resident_is_exact =
+            fill_bands<!streams_a, is_transposed>(work.resident.from(line, p), lines, depth, resident);
+        bool streaming_is_exact = filler(first, streaming).finish();
+        for (int64_t band = first; band < last; band += kBand) {
+          const auto part = [&](int64_t of_line, int64_t of_lines) {
+            const int64_t band_lines = lines_of_band(band);
+            const bool is_first = p == 0, is_last = p + depth == work.depth;
+            return streams_a ? UnitPart{band, band_lines, of_line, of_lines, p, depth, is_first, is_last}
+                             : UnitPart{of_line, of_lines, band, band_lines, p, depth, is_first, is_last};
+          };
+          auto next = filler(band + kBand, next_streaming);
+          if (resident_is_exact && streaming_is_exact) {
+            const int64_t vectors = ceil_div(next.whole(), bands * steps * kGroupsOfStep<T>);
+            for (int64_t i = 0; i < bands; ++i) {
+              const bfloat16_pair* const resident_band = resident + i * steps * kStepPairs<T>;
+              const UnitPart to = part(line + i * kBand, min(lines - i * kBand, kBand));
+              const int64_t number = (band - first) / kBand * bands + i;
+              float* const spare = spare_blocks + (sizes.keeps_sums ? number : number % 2) * kBlock;
+              const Matrix sums = result.block(to, {spare, kBand});
+              const BandOfA<T> a = band_of_a<!streams_a && is_transposed>(
+                  streams_a ? streaming : resident_band,
+                  streams_a ? work.streaming.from(band, p) : work.resident.from(line + i * kBand, p), to.rows, depth);
+              const int64_t finishing = ceil_div(finisher.steps(), steps * kGroupsOfStep<T>);
+              multiply_bands<streams_a>(a, streams_a ? resident_band : streaming, steps, sums, sizes.keeps_sums && !to.is_first,
+                                [&] {
+                                  finisher.some(finishing);
+                                  next.fill_some(vectors);
+                                });
+              finisher.rest();
+              finisher.start(to, sums);
+            }
+          } else if constexpr (std::is_same_v<T, float>) {
+            finisher.rest();
+            result.multiply_floats(part(line, lines));
           }
-        } else {
-          result.multiply_floats(part(line, lines));
+          streaming_is_exact = next.finish();
+          bfloat16_pair* const other = streaming;
+          streaming = next_streaming;
+          next_streaming = other;
         }
-        streaming_is_exact = next.finish();
-        bfloat16_pair* const other = streaming;
-        streaming = next_streaming;
-        next_streaming = other;
       }
     }
   }
+  finisher.rest();
   _tile_release();
+}
+
+// c = act(sums + bias), or that of c + sums; bias may be null.
+template <ActivationKind kind, bool adds, bool is_whole, typename T>
+TORCH_MLP_INLINE void finish_rows(Matrix sums, const float* bias, int64_t rows, int64_t cols, Rows<T> c) {
+  vec of_bias[kBand / kLanes] = {};
+  TORCH_MLP_UNROLL
+  for (int64_t j = 0; bias && j < kBand; j += kLanes) {
+    of_bias[j / kLanes] = load_some<is_whole>(bias + j, max(0, min(cols - j, kLanes)));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    TORCH_MLP_UNROLL
+    for (int64_t j = 0; j < kBand; j += kLanes) {
+      const int64_t left = max(0, min(cols - j, kLanes));
+      const vec sum = load_some<is_whole>(sums.data + i * sums.stride + j, left);
+      T* const to = c.data + i * c.stride + j;
+      const vec z = adds ? load_some<is_whole>(to, left) + sum : sum;
+      const vec result = activation<kind>(z + of_bias[j / kLanes]);
+      is_whole ? store_flushed(to, result) : store_part(to, result, left);
+    }
+  }
+}
+
+// The same of some rows of a block, in a function of its own: it is called between the products of tiles.
+template <bool adds, typename T>
+__attribute__((noinline)) void finish_some_rows(ActivationKind kind, int64_t begin, int64_t rows, int64_t cols,
+                                                Matrix sums, const float* bias, Rows<T> c) {
+  rows = min(rows - begin, kRowsToFinish);
+  sums.data += begin * sums.stride;
+  c.data += begin * c.stride;
+  dispatch(kind, [&](auto act) {
+    (cols == kBand ? finish_rows<act.value, adds, true, T>
+                   : finish_rows<act.value, adds, false, T>)(sums, bias, rows, cols, c);
+  });
 }
 
 // --- product: c = a b or a^T b. The longer operand streams, but not a^T. ---
 
-bool streams_a(const Product<float>& self) { return !self.a_transposed && self.rows > self.cols; }
-
-int64_t split_product_tasks(const Product<float>& self) { return split_tasks(self.rows, self.cols); }
-
-int64_t resident_lines(const Product<float>& self) { return streams_a(self) ? self.cols : self.rows; }
-
-int64_t split_product_scratch(const Product<float>& self) {
-  return SplitScratch(resident_lines(self), self.depth).size();
+template <typename T>
+bool streams_a(const Product<T, T>& self) {
+  return !self.a_transposed && (std::is_same_v<T, bfloat16_bits> || self.rows > self.cols);
 }
 
-// c = act(sum + bias), or that of c + sum, of the first count elements.
-template <ActivationKind kind>
-TORCH_MLP_INLINE void finish_vector(vec sum, vec bias, bool adds, float* c, int64_t count) {
-  const vec z = adds ? load_part(c, count) + sum : sum;
-  store_part(c, activation<kind>(z + bias), count);
+template <typename T>
+int64_t unit_product_tasks(const Product<T, T>& self) {
+  return unit_tasks(self.rows, self.cols);
 }
 
-// The same of a block; bias may be null.
-template <ActivationKind kind>
-void finish_block(Matrix block, const float* bias, bool adds, int64_t rows, int64_t cols, Matrix c) {
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int64_t left = min(cols - j, kLanes);
-    const vec of_bias = bias ? load_part(bias + j, left) : vec{};
-    for (int64_t i = 0; i < rows; ++i) {
-      const vec sum = load_part(block.data + i * block.stride + j, left);
-      finish_vector<kind>(sum, of_bias, adds, c.data + i * c.stride + j, left);
-    }
+template <typename T>
+UnitScratch<T> cut(const Product<T, T>& self) {
+  if (streams_a(self)) {
+    return UnitScratch<T>(self.cols, self.rows, self.depth);
   }
+  const bool are_rows = self.a_transposed && std::is_same_v<T, bfloat16_bits>;
+  return UnitScratch<T>(self.rows, self.cols, self.depth, are_rows ? kDepthOfRows : kUnitDepth<T>);
 }
 
-struct SplitProductResult {
-  const Product<float>& self;
-  Matrix spare_block;
+template <typename T>
+int64_t unit_product_scratch(const Product<T, T>& self) {
+  return cut(self).size() * sizeof(float) / sizeof(T);
+}
+
+template <typename T>
+struct UnitProductResult {
+  const Product<T, T>& self;
   float* scratch;
 
-  bool adds(const SplitPart& part) const { return self.accumulates || !part.is_first; }
-  Matrix c(const SplitPart& part) const { return {self.c.data + part.row * self.c.stride + part.col, self.c.stride}; }
-  bool is_in_place(const SplitPart& part) const { return part.rows == kBand && part.cols == kBand && !adds(part); }
-
-  Matrix block(const SplitPart& part) const { return is_in_place(part) ? c(part) : spare_block; }
-
-  void finish(const SplitPart& part) const {
-    if (!is_in_place(part)) {
-      finish_block<ActivationKind::Identity>(spare_block, nullptr, adds(part), part.rows, part.cols, c(part));
-    }
+  bool adds(const UnitPart& part) const { return self.accumulates || (std::is_same_v<T, float> && !part.is_first); }
+  Rows<T> c(const UnitPart& part) const { return {self.c.data + part.row * self.c.stride + part.col, self.c.stride}; }
+  bool is_in_place(const UnitPart& part) const {
+    return std::is_same_v<T, float> && part.rows == kBand && part.cols == kBand && !adds(part);
   }
 
-  void multiply_floats(const SplitPart& part) const {
-    const Lines a = lines_of(self.a, self.a_transposed).from(part.row, part.p);
+  Matrix block(const UnitPart& part, Matrix spare) const {
+    if constexpr (std::is_same_v<T, float>) {
+      return is_in_place(part) ? c(part) : spare;
+    } else {
+      return spare;
+    }
+  }
+  int64_t steps_to_finish(const UnitPart& part) const {
+    const bool is_finished = is_in_place(part) || (!std::is_same_v<T, float> && !part.is_last);
+    return is_finished ? 0 : ceil_div(part.rows, kRowsToFinish);
+  }
+  void finish(const UnitPart& part, Matrix sums, int64_t step) const {
+    (adds(part) ? finish_some_rows<std::is_same_v<T, float>, T>
+                : finish_some_rows<false, T>)(ActivationKind::Identity, step * kRowsToFinish, part.rows, part.cols, sums,
+                                              nullptr, c(part));
+  }
+
+  void multiply_floats(const UnitPart& part) const {
+    const Lines<float> a = lines_of(self.a, self.a_transposed).from(part.row, part.p);
     const Product<float> of_floats{part.rows,         part.cols,
                                    part.depth,        {a.data, self.a.stride},
                                    self.a_transposed, {self.b.data + part.p * self.b.stride + part.col, self.b.stride},
@@ -279,78 +418,86 @@ struct SplitProductResult {
   }
 };
 
-void split_product(const Product<float>& self, int64_t begin, int64_t end, float* scratch) {
-  const Lines a = lines_of(self.a, self.a_transposed), b = lines_of(self.b, true);
-  const SplitScratch sizes(resident_lines(self), self.depth);
-  const SplitProductResult result{self, {scratch + sizes.block(), kBand}, scratch + sizes.floats()};
+template <typename T>
+void unit_product(const Product<T, T>& self, int64_t begin, int64_t end, T* scratch) {
+  const Lines<T> a = lines_of(self.a, self.a_transposed), b = lines_of(self.b, true);
+  const UnitScratch<T> sizes = cut(self);
+  float* const memory = reinterpret_cast<float*>(scratch);
+  const UnitProductResult<T> result{self, memory + sizes.floats()};
   if (streams_a(self)) {
-    const SplitWork work(b, self.cols, a, self.rows, self.depth, begin, end);
-    multiply_split<true, false>(work, sizes, scratch, result);
+    const UnitWork<T> work(b, self.cols, a, self.rows, self.depth, begin, end);
+    multiply_by_unit<true, false>(work, sizes, memory, result);
   } else {
-    const SplitWork work(a, self.rows, b, self.cols, self.depth, begin, end);
-    (self.a_transposed ? multiply_split<false, true, SplitProductResult>
-                       : multiply_split<false, false, SplitProductResult>)(work, sizes, scratch, result);
+    const UnitWork<T> work(a, self.rows, b, self.cols, self.depth, begin, end);
+    (self.a_transposed ? multiply_by_unit<false, true, T, UnitProductResult<T>>
+                       : multiply_by_unit<false, false, T, UnitProductResult<T>>)(work, sizes, memory, result);
   }
 }
 
 // --- linear: y = act(x W^T + b) where x streams; else y^T = act(W x^T + b), and W does. The longer one streams. ---
 
-bool streams_x(const LinearShape& shape) { return shape.batch > shape.out_features; }
+inline bool streams_x(const LinearShape& shape) { return shape.batch > shape.out_features; }
 
-int64_t split_linear_tasks(const LinearShape& shape) { return split_tasks(shape.batch, shape.out_features); }
+inline int64_t unit_linear_tasks(const LinearShape& shape) { return unit_tasks(shape.batch, shape.out_features); }
 
-int64_t split_linear_scratch(const LinearShape& shape) {
-  return SplitScratch(min(shape.batch, shape.out_features), shape.in_features).size();
+template <typename T>
+UnitScratch<T> cut(const LinearShape& shape) {
+  return UnitScratch<T>(min(shape.batch, shape.out_features), max(shape.batch, shape.out_features), shape.in_features);
 }
 
-// The same as finish_block, of a block of y^T.
-template <ActivationKind kind>
-void finish_transposed_block(Matrix block, const float* bias, bool adds, int64_t rows, int64_t cols, Matrix y) {
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const int64_t left = min(cols - j, kLanes);
-    const vec of_bias = bias ? load_part(bias + j, left) : vec{};
-    for (int64_t i = 0; i < rows; i += kLanes) {
-      vec square[kLanes];
-      load_transposed<true>({block.data + j * block.stride + i, block.stride}, kLanes, kLanes, square);
-      TORCH_MLP_UNROLL
-      for (int l = 0; l < kLanes; ++l) {
-        if (i + l < rows) {
-          finish_vector<kind>(square[l], of_bias, adds, y.data + (i + l) * y.stride + j, left);
-        }
-      }
-    }
+template <typename T>
+int64_t unit_linear_scratch(const LinearShape& shape) {
+  return cut<T>(shape).size() * sizeof(float) / sizeof(T);
+}
+
+// A quarter of a block, transposed.
+void turn_quarter(Matrix sums, int64_t quarter, Matrix turned) {
+  const int64_t i = quarter / 2 * kTileSide, j = quarter % 2 * kTileSide;
+  vec square[kTileSide];
+  load_transposed<true>({sums.data + j * sums.stride + i, sums.stride}, kTileSide, kTileSide, square);
+  TORCH_MLP_UNROLL
+  for (int l = 0; l < kTileSide; ++l) {
+    store(turned.data + (i + l) * turned.stride + j, square[l]);
   }
 }
 
 // Of parts of y, or of y^T.
-template <bool is_transposed>
-struct SplitLinearResult {
-  const LinearForward<float>& self;
-  Matrix spare_block;
+template <bool is_transposed, typename T>
+struct UnitLinearResult {
+  const LinearForward<T, T>& self;
+  Matrix turned;
   float* scratch;
+  static constexpr int64_t kTurns = is_transposed ? 4 : 0;
 
-  SplitPart of_y(const SplitPart& part) const {
+  UnitPart of_y(const UnitPart& part) const {
     return is_transposed
-               ? SplitPart{part.col, part.cols, part.row, part.rows, part.p, part.depth, part.is_first, part.is_last}
+               ? UnitPart{part.col, part.cols, part.row, part.rows, part.p, part.depth, part.is_first, part.is_last}
                : part;
   }
-  Matrix y(const SplitPart& part) const {
+  Rows<T> y(const UnitPart& part) const {
     return {self.output.data + part.row * self.output.stride + part.col, self.output.stride};
   }
-  const float* bias(const SplitPart& part) const { return self.bias && part.is_last ? self.bias + part.col : nullptr; }
+  const float* bias(const UnitPart& part) const { return self.bias && part.is_last ? self.bias + part.col : nullptr; }
 
-  Matrix block(const SplitPart&) const { return spare_block; }
+  Matrix block(const UnitPart&, Matrix spare) const { return spare; }
 
-  void finish(const SplitPart& part) const {
-    const SplitPart to = of_y(part);
-    dispatch(to.is_last ? self.activation : ActivationKind::Identity, [&](auto act) {
-      (is_transposed ? finish_transposed_block<act.value>
-                     : finish_block<act.value>)(spare_block, bias(to), !to.is_first, to.rows, to.cols, y(to));
-    });
+  int64_t steps_to_finish(const UnitPart& part) const {
+    return std::is_same_v<T, float> || part.is_last ? kTurns + ceil_div(of_y(part).rows, kRowsToFinish) : 0;
+  }
+  void finish(const UnitPart& part, Matrix sums, int64_t step) const {
+    if (step < kTurns) {
+      return turn_quarter(sums, step, turned);
+    }
+    const UnitPart to = of_y(part);
+    const bool adds = std::is_same_v<T, float> && !to.is_first;
+    (adds ? finish_some_rows<std::is_same_v<T, float>, T>
+          : finish_some_rows<false, T>)(to.is_last ? self.activation : ActivationKind::Identity,
+                                        (step - kTurns) * kRowsToFinish, to.rows, to.cols,
+                                        is_transposed ? turned : sums, bias(to), y(to));
   }
 
-  void multiply_floats(const SplitPart& part) const {
-    SplitPart to = of_y(part);
+  void multiply_floats(const UnitPart& part) const {
+    UnitPart to = of_y(part);
     for (const int64_t end = to.col + to.cols; to.col < end; to.col += kBand) {
       to.cols = min(end - to.col, kBand);
       pack_transposed<float>({self.weight.data + to.col * self.weight.stride + to.p, self.weight.stride}, to.cols,
@@ -360,25 +507,27 @@ struct SplitLinearResult {
       const Product<float> of_floats{to.rows, to.cols, to.depth, x, false, transposed_weight, y(to), !to.is_first};
       product(of_floats, 0, product_tasks(of_floats), scratch + kBand * to.depth);
       if (to.is_last) {
-        dispatch(self.activation,
-                 [&](auto act) { finish_block<act.value>(y(to), bias(to), false, to.rows, to.cols, y(to)); });
+        for (int64_t row = 0; row < to.rows; row += kRowsToFinish) {
+          finish_some_rows<false, float>(self.activation, row, to.rows, to.cols, y(to), bias(to), y(to));
+        }
       }
     }
   }
 };
 
-void split_linear(const LinearForward<float>& self, int64_t begin, int64_t end, float* scratch) {
+template <typename T>
+void unit_linear(const LinearForward<T, T>& self, int64_t begin, int64_t end, T* scratch) {
   const auto& [batch, ins, outs] = self.shape;
-  const Lines x = lines_of(self.input, false), w = lines_of(self.weight, false);
-  const SplitScratch sizes(min(batch, outs), ins);
-  const Matrix spare_block{scratch + sizes.block(), kBand};
-  float* const floats = scratch + sizes.floats();
+  const Lines<T> x = lines_of(self.input, false), w = lines_of(self.weight, false);
+  const UnitScratch<T> sizes = cut<T>(self.shape);
+  float *const memory = reinterpret_cast<float*>(scratch), *const floats = memory + sizes.floats();
+  const Matrix turned{memory + sizes.turned(), kBand};
   if (streams_x(self.shape)) {
-    multiply_split<true, true>(SplitWork(w, outs, x, batch, ins, begin, end), sizes, scratch,
-                               SplitLinearResult<false>{self, spare_block, floats});
+    multiply_by_unit<true, true>(UnitWork<T>(w, outs, x, batch, ins, begin, end), sizes, memory,
+                                 UnitLinearResult<false, T>{self, turned, floats});
   } else {
-    multiply_split<true, true>(SplitWork(x, batch, w, outs, ins, begin, end), sizes, scratch,
-                               SplitLinearResult<true>{self, spare_block, floats});
+    multiply_by_unit<true, true>(UnitWork<T>(x, batch, w, outs, ins, begin, end), sizes, memory,
+                                 UnitLinearResult<true, T>{self, turned, floats});
   }
 }
 

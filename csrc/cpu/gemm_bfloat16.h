@@ -16,9 +16,6 @@ namespace {
 constexpr int64_t kBfloat16BlockRows = 256;  // about
 constexpr int64_t kBfloat16BlockCols = 2 * kTileCols;
 
-// Of bfloat16, whose lower halves are zeros in a vec.
-TORCH_MLP_INLINE vec exact_pairs_of(vec first, vec second) { return (vec)((vec_uint)first >> 16 | (vec_uint)second); }
-
 // (ceil(rows / 2), cols) pairs of the rows of x, with zeros for the partner of an odd last one and up to whole vectors.
 void interleave_rows(Rows<const bfloat16_bits> x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs) {
   const int64_t whole = whole_vectors(cols), left = cols - whole;
@@ -147,12 +144,12 @@ int64_t bfloat16_product_tasks(const Bfloat16Product& self) {
 
 int64_t bfloat16_product_scratch(const Bfloat16Product& self) {
   const Bfloat16Blocks blocks(self);
-  return blocks.a_elements(self) + blocks.b_elements() + blocks.rows * kBfloat16BlockCols;
+  return 2 * (blocks.a_elements(self) + blocks.b_elements() + blocks.rows * kBfloat16BlockCols);
 }
 
-void bfloat16_product(const Bfloat16Product& self, int64_t begin, int64_t end, bfloat16_pair* scratch) {
+void bfloat16_product(const Bfloat16Product& self, int64_t begin, int64_t end, bfloat16_bits* scratch) {
   const Bfloat16Blocks blocks(self);
-  bfloat16_pair *of_a = scratch, *of_b = of_a + blocks.a_elements(self);
+  bfloat16_pair *of_a = reinterpret_cast<bfloat16_pair*>(scratch), *of_b = of_a + blocks.a_elements(self);
   const Matrix partial{reinterpret_cast<float*>(of_b + blocks.b_elements()), kBfloat16BlockCols};
   const int64_t row_blocks = ceil_div(self.rows, blocks.rows);
   for (int64_t task = begin; task < end; ++task) {

@@ -54,14 +54,14 @@ struct LinearForward {
 };
 
 // The product a b or a^T b into c (rows, cols), summed over depth.
-template <typename T>
+template <typename T, typename Out = float>
 struct Product {
   int64_t rows, cols, depth;
   Rows<const T> a;  // (rows, depth), or (depth, rows) where it is transposed
   bool a_transposed;
   Rows<const T> b;  // (depth, cols)
-  Matrix c;
-  bool accumulates = false;  // c += the product
+  Rows<Out> c;
+  bool accumulates = false;  // c += the product; not of bfloat16, whose sums would be rounded again
 };
 
 // What depends on the caches of the processor, see kernels.cpp. How products are cut:
@@ -77,24 +77,18 @@ const Tuning& tuning();
 
 // Both take a part of the result, [begin, end) of the tasks that the *_tasks function counts, and scratch memory for as
 // many elements as the *_scratch function says.
-template <typename T>
+template <typename T, typename Out = float>
 struct ProductKernels {
   int64_t (*linear_tasks)(const LinearShape&);
   int64_t (*linear_scratch)(const LinearShape&);
-  void (*linear)(const LinearForward<T>&, int64_t begin, int64_t end, T* scratch);
-  int64_t (*product_tasks)(const Product<T>&);
-  int64_t (*product_scratch)(const Product<T>&);
-  void (*product)(const Product<T>&, int64_t begin, int64_t end, T* scratch);
+  void (*linear)(const LinearForward<T, Out>&, int64_t begin, int64_t end, T* scratch);
+  int64_t (*product_tasks)(const Product<T, Out>&);
+  int64_t (*product_scratch)(const Product<T, Out>&);
+  void (*product)(const Product<T, Out>&, int64_t begin, int64_t end, T* scratch);
 };
 
-// A Product of bfloat16 as they lie in memory, one by one, into bfloat16.
-struct Bfloat16Product {
-  int64_t rows, cols, depth;
-  Rows<const bfloat16_bits> a;
-  bool a_transposed;
-  Rows<const bfloat16_bits> b;
-  Rows<bfloat16_bits> c;
-};
+// A product of bfloat16 as they lie in memory, one by one, into bfloat16.
+using Bfloat16Product = Product<bfloat16_bits, bfloat16_bits>;
 
 // Products into bfloat16, summed in float and rounded once, where the processor multiplies pairs; else all are null.
 // The tasks and the scratch memory of linear are those of the pairs.
@@ -103,7 +97,7 @@ struct Bfloat16Kernels {
                  bfloat16_pair* scratch);
   int64_t (*product_tasks)(const Bfloat16Product&);
   int64_t (*product_scratch)(const Bfloat16Product&);
-  void (*product)(const Bfloat16Product&, int64_t begin, int64_t end, bfloat16_pair* scratch);
+  void (*product)(const Bfloat16Product&, int64_t begin, int64_t end, bfloat16_bits* scratch);
 };
 
 template <typename T>
@@ -215,7 +209,8 @@ struct Kernels {
 
   ProductKernels<float> products_float;
   // By a matrix unit, see gemm_amx.h; all are null where the processor has none.
-  ProductKernels<float> products_split;
+  ProductKernels<float> unit_float;
+  ProductKernels<bfloat16_bits, bfloat16_bits> unit_bfloat16;
   ProductKernels<bfloat16_pair> products_bfloat16;
   Bfloat16Kernels into_bfloat16;
 

@@ -42,8 +42,12 @@ const Kernels kernels{
     {linear_tasks<float>, linear_scratch<float>, linear<float, float>, product_tasks<float>, product_scratch<float>,
      product<float>},
 #if defined(TORCH_MLP_HAS_AMX)
-    {split_linear_tasks, split_linear_scratch, split_linear, split_product_tasks, split_product_scratch, split_product},
+    {unit_linear_tasks, unit_linear_scratch<float>, unit_linear<float>, unit_product_tasks<float>,
+     unit_product_scratch<float>, unit_product<float>},
+    {unit_linear_tasks, unit_linear_scratch<bfloat16_bits>, unit_linear<bfloat16_bits>,
+     unit_product_tasks<bfloat16_bits>, unit_product_scratch<bfloat16_bits>, unit_product<bfloat16_bits>},
 #else
+    {},
     {},
 #endif
     {linear_tasks<bfloat16_pair>, linear_scratch<bfloat16_pair>, linear<bfloat16_pair, float>,

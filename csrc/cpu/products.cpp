@@ -2,8 +2,8 @@
 // torch's library.
 //
 // Fused: bias and activation follow the kernels' product on a block that is still in cache.
-// Whose product: matrix_unit_wins says where a matrix unit multiplies float32, kernels_win and bfloat16_kernels_win
-// where the vector kernels have the rest: for float32 mostly, for bfloat16 (gemm_bfloat16.h) in small batches.
+// Whose product: matrix_unit_wins says where a matrix unit multiplies, kernels_win and bfloat16_kernels_win where the
+// vector kernels have the rest: for float32 mostly, for bfloat16 (gemm_bfloat16.h) in small batches.
 // Threads: by parts of the result, so that every element is summed in the same order whichever thread does it. So the
 // bits do not depend on the number of threads, but for what the library or a matrix unit computes.
 #include "products.h"
@@ -22,6 +22,7 @@ using torch::headeronly::BFloat16;
 // two cores of Intel Emerald Rapids with threads that sleep while they wait.
 constexpr int64_t kElementsPerThread = 1 << 16;
 constexpr int64_t kMultiplicationsPerThread = 1 << 21;
+constexpr int64_t kBfloat16UnitSpeed = 8;  // of a matrix unit, relative to the vector kernels in float32
 
 template <typename Activation, typename scalar_t>
 void activate(scalar_t* y, int64_t count) {
@@ -129,12 +130,27 @@ KernelsWin bfloat16_kernels_win(const LinearShape& shape) {
 bool matrix_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
   constexpr int64_t band = 32;
   const bool is_forced = faster_products() == Products::Kernels;  // else a processor with this unit, Intel's, has MKL
-  if (!kernels().products_split.product || !(is_forced || torch::stable::get_num_threads() == 1)) {
+  if (!kernels().unit_float.product || !(is_forced || torch::stable::get_num_threads() == 1)) {
     return false;
   }
   const auto padded = [](int64_t size) { return ceil_div(size, band) * band; };
   const int64_t multiplications = rows * cols * depth, visited = rows * cols + (rows + cols) * depth;
   return 32 * visited <= multiplications && 3 * padded(rows) * padded(cols) * padded(depth) <= 4 * multiplications;
+}
+
+// The same of bfloat16, which the library multiplies by the unit too: for the forward pass always, for gradients where
+// the tiles are filled at least by half. The unit's kernels over the better one of vector kernels and library:
+//                            forward      grad_input    grad_weight
+//   batch 1                  1.8 to 3.3   0.4 to 0.6    0.4 to 0.5
+//   batch 8                  1.3 to 4.4   1.0 to 1.8    0.8 to 1.8
+//   batch 16, 32             1.2 to 4.6   1.1 to 2.8    0.9 to 2.6
+//   batch 64                 1.8 to 3.6   1.5 to 3.6    1.4 to 2.9
+//   batch 512                1.3 to 5.0   1.1 to 3.4    1.3 to 2.6
+//   batch 4096               1.1 to 2.1   1.0 to 1.6    1.3 to 1.6
+//   10 outputs               1.1 to 2.2   0.8 to 1.2    0.5 to 1.0
+bool bfloat16_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
+  constexpr int64_t half_band = 16;
+  return kernels().unit_bfloat16.product && std::min({rows, cols, depth}) >= half_band;
 }
 
 LinearShape linear_shape(const Tensor& x, const Tensor& weight) { return {x.size(0), weight.size(1), weight.size(0)}; }
@@ -144,17 +160,20 @@ Tensor with_adjacent_columns(const Tensor& matrix) {
   return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : as_contiguous(matrix);
 }
 
-ConstMatrix const_matrix(const Tensor& matrix) { return {matrix.const_data_ptr<float>(), matrix.stride(0)}; }
-
-Matrix matrix(const Tensor& self, int64_t cols) { return {self.mutable_data_ptr<float>(), cols}; }
-
-// The same in bfloat16.
-Rows<const bfloat16_bits> const_bits(const Tensor& matrix) {
-  return {bits_of(matrix.const_data_ptr<BFloat16>()), matrix.stride(0)};
+template <typename T>
+Rows<T> rows_from(T* data, int64_t stride) {
+  return {data, stride};
 }
 
-Rows<bfloat16_bits> bits(const Tensor& self, int64_t cols) {
-  return {bits_of(self.mutable_data_ptr<BFloat16>()), cols};
+// A matrix as the kernels take it.
+template <typename scalar_t>
+auto const_rows(const Tensor& matrix) {
+  return rows_from(bits_of(matrix.const_data_ptr<scalar_t>()), matrix.stride(0));
+}
+
+template <typename scalar_t>
+auto rows(const Tensor& self, int64_t cols) {
+  return rows_from(bits_of(self.mutable_data_ptr<scalar_t>()), cols);
 }
 
 // A matrix of an even number of columns, whose rows can be read in pairs: itself, or else a copy.
@@ -174,60 +193,63 @@ Rows<const bfloat16_pair> pairs_of(const Tensor& matrix) {
 }
 
 // How many of these tasks a thread should at least have, of a product of matrices (rows, depth) and (depth, cols). To
-// visit an element takes as long as eight multiplications.
-int64_t grain_of(int64_t tasks, int64_t rows, int64_t cols, int64_t depth) {
+// visit an element takes as long as eight multiplications; speed is how often faster than the vector kernels it is done.
+int64_t grain_of(int64_t tasks, int64_t rows, int64_t cols, int64_t depth, int64_t speed = 1) {
   const int64_t visited = std::max({rows * cols, rows * depth, depth * cols});
-  const int64_t multiplications = std::max({rows * cols * depth, 8 * visited, int64_t(1)});
+  const int64_t multiplications = std::max({rows * cols * depth / speed, 8 * visited, int64_t(1)});
   return std::max<int64_t>(1, kMultiplicationsPerThread * tasks / multiplications);
 }
 
-// The kernels for a product (rows, depth) times (depth, cols).
-const ProductKernels<float>& faster_kernels(int64_t rows, int64_t cols, int64_t depth) {
-  return matrix_unit_wins(rows, cols, depth) ? kernels().products_split : kernels().products_float;
-}
+// A bias of any stride, in float; valid until the next one of bfloat16.
+class FloatBias {
+ public:
+  explicit FloatBias(const std::optional<Tensor>& bias) {
+    if (!bias) {
+      return;
+    }
+    contiguous_ = as_contiguous(*bias);
+    if (bias->scalar_type() == ScalarType::Float) {
+      data_ = contiguous_->const_data_ptr<float>();
+    } else {
+      float* const copy = scratch<BiasInFloat, float>(bias->size(0));
+      std::copy_n(contiguous_->const_data_ptr<BFloat16>(), bias->size(0), copy);
+      data_ = copy;
+    }
+  }
+  const float* data() const { return data_; }
 
-void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                        ActivationKind activation, const Tensor& output) {
+ private:
+  std::optional<Tensor> contiguous_;
+  const float* data_ = nullptr;
+};
+
+// y = act(x W^T + b) by kernels for operands as they lie in memory.
+template <typename scalar_t, typename T>
+void forward_by(const ProductKernels<T, T>& table, int64_t speed, const Tensor& input, const Tensor& weight,
+                const std::optional<Tensor>& bias, ActivationKind activation, const Tensor& output) {
   const LinearShape shape = linear_shape(input, weight);
   const Tensor x = with_adjacent_columns(input), w = with_adjacent_columns(weight);
-  const std::optional<Tensor> b = bias ? std::optional(as_contiguous(*bias)) : std::nullopt;
-  const LinearForward<float> forward{shape,
-                                     const_matrix(x),
-                                     const_matrix(w),
-                                     b ? b->const_data_ptr<float>() : nullptr,
-                                     matrix(output, shape.out_features),
-                                     activation};
-  const ProductKernels<float>& table = faster_kernels(shape.batch, shape.out_features, shape.in_features);
+  const FloatBias b(bias);
+  const LinearForward<T, T> forward{shape,    const_rows<scalar_t>(x),
+                                    const_rows<scalar_t>(w), b.data(),
+                                    rows<scalar_t>(output, shape.out_features), activation};
   const int64_t tasks = table.linear_tasks(shape);
-  const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, shape.in_features);
+  const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, shape.in_features, speed);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    table.linear(forward, begin, end, scratch<Panel, float>(table.linear_scratch(shape)));
+    table.linear(forward, begin, end, scratch<Panel, T>(table.linear_scratch(shape)));
   });
 }
 
-void product_by_kernels(const Product<float>& product) {
-  const ProductKernels<float>& table = faster_kernels(product.rows, product.cols, product.depth);
-  const int64_t tasks = table.product_tasks(product);
-  const int64_t grain = grain_of(tasks, product.rows, product.cols, product.depth);
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    table.product(product, begin, end, scratch<Panel, float>(table.product_scratch(product)));
-  });
-}
-
-// The same in bfloat16. x and weight are read in pairs of columns, of which there is an even number.
-void bfloat16_forward_by_kernels(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                 ActivationKind activation, const Tensor& output) {
+// The same of bfloat16 by the vector kernels. x and weight are read in pairs of columns, of which there is an even
+// number.
+void forward_by_pairs(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                      ActivationKind activation, const Tensor& output) {
   const LinearShape shape = linear_shape(input, weight),
                     in_pairs{shape.batch, shape.in_features / 2, shape.out_features};
   const Tensor x = with_pairs(input), w = with_pairs(weight);
-  float* of_bias = nullptr;
-  if (bias) {
-    const Tensor b = as_contiguous(*bias);
-    of_bias = scratch<BiasInFloat, float>(shape.out_features);
-    std::copy_n(b.const_data_ptr<BFloat16>(), shape.out_features, of_bias);
-  }
+  const FloatBias b(bias);
   const LinearForward<bfloat16_pair, bfloat16_bits> forward{
-      in_pairs, pairs_of(x), pairs_of(w), of_bias, bits(output, shape.out_features), activation};
+      in_pairs, pairs_of(x), pairs_of(w), b.data(), rows<BFloat16>(output, shape.out_features), activation};
   const ProductKernels<bfloat16_pair>& table = kernels().products_bfloat16;
   const auto linear = kernels().into_bfloat16.linear;
   const int64_t tasks = table.linear_tasks(in_pairs);
@@ -237,13 +259,40 @@ void bfloat16_forward_by_kernels(const Tensor& input, const Tensor& weight, cons
   });
 }
 
-void product_by_kernels(const Bfloat16Product& product) {
-  const Bfloat16Kernels& table = kernels().into_bfloat16;
+void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        ActivationKind activation, const Tensor& output) {
+  const auto [batch, ins, outs] = linear_shape(input, weight);
+  if (output.scalar_type() == ScalarType::Float) {
+    const bool by_unit = matrix_unit_wins(batch, outs, ins);
+    forward_by<float>(by_unit ? kernels().unit_float : kernels().products_float, 1, input, weight, bias, activation,
+                      output);
+  } else if (kernels().unit_bfloat16.linear) {
+    forward_by<BFloat16>(kernels().unit_bfloat16, kBfloat16UnitSpeed, input, weight, bias, activation, output);
+  } else {
+    forward_by_pairs(input, weight, bias, activation, output);
+  }
+}
+
+template <typename T, typename Table>
+void product_by(const Table& table, int64_t speed, const Product<T, T>& product) {
   const int64_t tasks = table.product_tasks(product);
-  const int64_t grain = grain_of(tasks, product.rows, product.cols, product.depth / 2);
+  const int64_t grain = grain_of(tasks, product.rows, product.cols, product.depth, speed);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    table.product(product, begin, end, scratch<Panel, bfloat16_pair>(table.product_scratch(product)));
+    table.product(product, begin, end, scratch<Panel, T>(table.product_scratch(product)));
   });
+}
+
+void product_by_kernels(const Product<float>& product) {
+  const bool by_unit = matrix_unit_wins(product.rows, product.cols, product.depth);
+  product_by(by_unit ? kernels().unit_float : kernels().products_float, 1, product);
+}
+
+void product_by_kernels(const Bfloat16Product& product) {
+  if (bfloat16_unit_wins(product.rows, product.cols, product.depth)) {
+    product_by(kernels().unit_bfloat16, kBfloat16UnitSpeed, product);
+  } else {
+    product_by(kernels().into_bfloat16, 2, product);
+  }
 }
 
 // In one product, for a library that packs the weight would do so for each part of it. y is seen as rows, so that its
@@ -258,15 +307,17 @@ void forward_by_library(const Tensor& x, const Tensor& weight, const std::option
 
 // Who computes the products of a layer with that output.
 KernelsWin kernels_win(const Tensor& of_output, const LinearShape& shape) {
-  if (of_output.numel() > 0 && shape.in_features > 0) {
+  const auto& [batch, ins, outs] = shape;
+  if (of_output.numel() > 0 && ins > 0) {
     if (of_output.scalar_type() == ScalarType::Float) {
-      const auto [batch, ins, outs] = shape;
       const KernelsWin win = kernels_win(shape);
       return {win.forward || matrix_unit_wins(batch, outs, ins), win.grad_input || matrix_unit_wins(batch, ins, outs),
               win.grad_weight || matrix_unit_wins(outs, ins, batch)};
     }
     if (of_output.scalar_type() == ScalarType::BFloat16) {
-      return bfloat16_kernels_win(shape);
+      const KernelsWin win = bfloat16_kernels_win(shape);
+      const bool unit_wins = bfloat16_unit_wins(batch, ins, outs);
+      return {win.forward || kernels().unit_bfloat16.linear, win.grad_input || unit_wins, win.grad_weight || unit_wins};
     }
   }
   return {false, false, false};
@@ -279,8 +330,7 @@ void linear_act_out_cpu(const Tensor& output, const Tensor& input, const Tensor&
                         const std::optional<Tensor>& bias) {
   const LinearShape shape = linear_shape(input, weight);
   if (kernels_win(output, shape).forward) {
-    const bool in_float = output.scalar_type() == ScalarType::Float;
-    (in_float ? forward_by_kernels : bfloat16_forward_by_kernels)(input, weight, bias, kind_of<Activation>, output);
+    forward_by_kernels(input, weight, bias, kind_of<Activation>, output);
   } else {
     dispatch_floating(output.scalar_type(),
                       [&](auto zero) { forward_by_library<Activation, decltype(zero)>(input, weight, bias, output); });
@@ -298,12 +348,14 @@ void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, c
   const bool by_kernels = kernels_win(grad_z, shape).grad_input, in_float = grad_z.scalar_type() == ScalarType::Float;
   if (by_kernels && in_float) {
     const Tensor w = with_adjacent_columns(weight);
-    product_by_kernels(Product<float>{shape.batch, shape.in_features, shape.out_features, const_matrix(grad_z), false,
-                                      const_matrix(w), matrix(grad_input, shape.in_features), accumulates});
+    product_by_kernels(Product<float>{shape.batch, shape.in_features, shape.out_features, const_rows<float>(grad_z),
+                                      false, const_rows<float>(w), rows<float>(grad_input, shape.in_features),
+                                      accumulates});
   } else if (by_kernels && !accumulates) {  // in 16 bits nobody adds, for the sums would be rounded
     const Tensor w = with_adjacent_columns(weight);
-    product_by_kernels(Bfloat16Product{shape.batch, shape.in_features, shape.out_features, const_bits(grad_z), false,
-                                       const_bits(w), bits(grad_input, shape.in_features)});
+    product_by_kernels(Bfloat16Product{shape.batch, shape.in_features, shape.out_features, const_rows<BFloat16>(grad_z),
+                                       false, const_rows<BFloat16>(w),
+                                       rows<BFloat16>(grad_input, shape.in_features)});
   } else {
     matmul_out(grad_input, grad_z, weight, accumulates ? std::optional(grad_input) : std::nullopt);
   }
@@ -315,12 +367,14 @@ void linear_grad_weight_out_cpu(const Tensor& grad_weight, const Tensor& grad_z,
   const bool by_kernels = kernels_win(grad_z, shape).grad_weight, in_float = grad_z.scalar_type() == ScalarType::Float;
   if (by_kernels && in_float) {
     const Tensor x = with_adjacent_columns(input);
-    product_by_kernels(Product<float>{shape.out_features, shape.in_features, shape.batch, const_matrix(grad_z), true,
-                                      const_matrix(x), matrix(grad_weight, shape.in_features), accumulates});
+    product_by_kernels(Product<float>{shape.out_features, shape.in_features, shape.batch, const_rows<float>(grad_z),
+                                      true, const_rows<float>(x), rows<float>(grad_weight, shape.in_features),
+                                      accumulates});
   } else if (by_kernels && !accumulates) {
     const Tensor x = with_adjacent_columns(input);
-    product_by_kernels(Bfloat16Product{shape.out_features, shape.in_features, shape.batch, const_bits(grad_z), true,
-                                       const_bits(x), bits(grad_weight, shape.in_features)});
+    product_by_kernels(Bfloat16Product{shape.out_features, shape.in_features, shape.batch,
+                                       const_rows<BFloat16>(grad_z), true, const_rows<BFloat16>(x),
+                                       rows<BFloat16>(grad_weight, shape.in_features)});
   } else {
     matmul_out(grad_weight, transpose(grad_z), input, accumulates ? std::optional(grad_weight) : std::nullopt);
   }

@@ -12,36 +12,10 @@
 // for 0 is less than 2^-78 of the largest. For level.h.
 #pragma once
 
-#include "vector.h"
+#include "unit_tiles.h"
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
-
-// A tile of the unit: kTileSide rows of so many pairs of bfloat16, or floats. An operand's tile has kTileDepth of the
-// depth: in a lie the pairs of a row beside each other, in b those of a column below each other. A pair is of elements
-// kTileSide apart, so that it is made of two whole vectors.
-constexpr int kTileSide = kLanes;
-constexpr int64_t kTilePairs = kTileSide * kTileSide, kTileDepth = 2 * kTileSide;
-constexpr int64_t kTileRowBytes = kTileSide * sizeof(float);
-// Rows of a, or columns of b, of two tiles: with both, four tiles of sums, and room for two of a and two of b.
-constexpr int64_t kBand = 2 * kTileSide;
-constexpr int kParts = 3;  // of a float
-// Of a band: for each kTileDepth of the depth the tiles of the first part, those of the second and of the third.
-constexpr int64_t kPartPairs = 2 * kTilePairs, kStepPairs = kParts * kPartPairs;
-
-// An operand: element p along the depth of a line, a row of a or a column of b. One of the strides is 1.
-struct Lines {
-  const float* data;
-  int64_t line_stride, depth_stride;
-
-  TORCH_MLP_INLINE Lines from(int64_t line, int64_t p) const {
-    return {data + line * line_stride + p * depth_stride, line_stride, depth_stride};
-  }
-};
-
-Lines lines_of(ConstMatrix matrix, bool are_columns) {
-  return are_columns ? Lines{matrix.data, 1, matrix.stride} : Lines{matrix.data, matrix.stride, 1};
-}
 
 // The larger ones of two vectors of bfloat16 without their signs, which are doubled so.
 TORCH_MLP_INLINE vec_uint larger(vec_uint doubled, vec_uint pairs) {
@@ -49,7 +23,7 @@ TORCH_MLP_INLINE vec_uint larger(vec_uint doubled, vec_uint pairs) {
   return (vec_uint)_mm512_maskz_max_epu16(0xffffffff, (__m512i)doubled, shifted);
 }
 
-// The first parts of the pairs (x, y), each to a tile of its own.
+// The parts of the pairs (x, y), each to a tile of its own.
 TORCH_MLP_INLINE vec_uint split_pairs(vec x, vec y, bfloat16_pair* to, vec_uint most) {
   const auto upper_half = [&](vec_uint bits) { return (vec)(bits & 0xffff0000); };
   const auto pairs = [&](vec first, vec second) { return (vec_uint)first >> 16 | (vec_uint)second; };
@@ -84,7 +58,7 @@ TORCH_MLP_INLINE void load_transposed(Rows<const float> of, int64_t rows, int64_
 
 // The tiles, one for each part, of `depth` of `lines`, or of as much of them as a tile holds.
 template <bool is_a, bool is_transposed, bool is_whole>
-TORCH_MLP_INLINE vec_uint split_tile(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to, vec_uint most) {
+TORCH_MLP_INLINE vec_uint fill_tile(const Lines<float>& of, int64_t lines, int64_t depth, bfloat16_pair* to, vec_uint most) {
   constexpr bool rows_are_lines = is_a != is_transposed;  // as they lie in memory
   const int64_t stride = rows_are_lines ? of.line_stride : of.depth_stride, second_depth = depth - kTileSide;
   const int64_t rows = rows_are_lines ? lines : depth, cols = rows_are_lines ? depth : lines;
@@ -107,6 +81,13 @@ TORCH_MLP_INLINE vec_uint split_tile(const Lines& of, int64_t lines, int64_t dep
   return most;
 }
 
+// Vector i of the tiles, one for each part, of a whole tile's operand that lies in memory as it does there.
+template <bool is_a>
+TORCH_MLP_INLINE vec_uint fill_vector(const Lines<float>& of, int64_t i, bfloat16_pair* to, vec_uint most) {
+  const Lines<float> x = is_a ? of.from(i, 0) : of.from(0, i);
+  return split_pairs(load(x.data), load(x.from(0, kTileSide).data), to + i * kTileSide, most);
+}
+
 // Whether the parts can do for these operands, see above.
 bool are_exact(vec_uint most) {
   uint16_t largest = 0, each[2 * kLanes];
@@ -117,68 +98,6 @@ bool are_exact(vec_uint most) {
   constexpr uint16_t least = (127 - 48) << 8, too_large = (127 + 48) << 8;  // 2^-48 and 2^48 in bfloat16, doubled
   return largest == 0 || (largest >= least && largest < too_large);
 }
-
-// Splits (lines, depth) of an operand, with zeros up to whole bands and steps. Whether the parts are exact.
-template <bool is_a, bool is_transposed>
-bool split(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to) {
-  vec_uint most{};
-  for (int64_t band = 0; band < lines; band += kBand) {
-    for (int64_t p = 0; p < depth; p += kTileDepth, to += kStepPairs) {
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t begin = band + half * kTileSide;
-        const Lines tile = of.from(begin, p);
-        bfloat16_pair* const to_tile = to + half * kTilePairs;
-        if (lines - begin >= kTileSide && depth - p >= kTileDepth) {
-          most = split_tile<is_a, is_transposed, true>(tile, kTileSide, kTileDepth, to_tile, most);
-        } else {
-          most = split_tile<is_a, is_transposed, false>(tile, lines - begin, depth - p, to_tile, most);
-        }
-      }
-    }
-  }
-  return are_exact(most);
-}
-
-// Splits a band, which is not transposed, a few of the vectors at a time.
-template <bool is_a>
-class BandSplitter {
- public:
-  // No lines: nothing to do.
-  BandSplitter(const Lines& of, int64_t lines, int64_t depth, bfloat16_pair* to)
-      : of_(of), lines_(lines), depth_(depth), to_(to), whole_(lines == kBand ? depth / kTileDepth * kBand : 0) {}
-
-  // The vectors of a whole step are numbered through its two tiles.
-  TORCH_MLP_INLINE void split_some(int64_t count) {
-    for (const int64_t end = min(whole_, next_ + count); next_ < end; ++next_) {
-      const int64_t step = next_ / kBand, half = next_ / kTileSide % 2, i = next_ % kTileSide;
-      const Lines x = of_.from(half * kTileSide + (is_a ? i : 0), step * kTileDepth + (is_a ? 0 : i));
-      most_ = split_pairs(load(x.data), load(x.from(0, kTileSide).data),
-                          to_ + step * kStepPairs + half * kTilePairs + i * kTileSide, most_);
-    }
-  }
-
-  // The rest. Whether the parts are exact.
-  bool finish() {
-    split_some(whole_);
-    for (int64_t p = whole_ / kBand * kTileDepth; p < depth_ && lines_ > 0; p += kTileDepth) {
-      for (int64_t half = 0; half < 2; ++half) {
-        most_ = split_tile<is_a, false, false>(of_.from(half * kTileSide, p), lines_ - half * kTileSide, depth_ - p,
-                                               to_ + p / kTileDepth * kStepPairs + half * kTilePairs, most_);
-      }
-    }
-    return are_exact(most_);
-  }
-
-  int64_t whole() const { return whole_; }
-
- private:
-  const Lines of_;
-  const int64_t lines_, depth_;
-  bfloat16_pair* const to_;
-  const int64_t whole_;  // vectors
-  int64_t next_ = 0;
-  vec_uint most_{};
-};
 
 }  // namespace
 }  // namespace torch_mlp::TORCH_MLP_LEVEL

@@ -150,6 +150,8 @@ TORCH_MLP_INLINE void store_part(bfloat16_pair* to, vec value, int64_t count) {
 TORCH_MLP_INLINE vec pairs_of(vec first, vec second) {
   return (vec)(round_to_bfloat16(first) >> 16 | (round_to_bfloat16(second) & 0xffff0000));
 }
+// Of numbers that are bfloat16.
+TORCH_MLP_INLINE vec exact_pairs_of(vec first, vec second) { return (vec)((vec_uint)first >> 16 | (vec_uint)second); }
 TORCH_MLP_INLINE vec broadcast(bfloat16_pair x) { return (vec)(vec_uint{} + x.bits); }
 
 // sum + a b, of bfloat16_pairs the products of both.

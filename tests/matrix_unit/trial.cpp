@@ -36,8 +36,8 @@ void product(const Product<float>& self, int64_t, int64_t, float*) {
 
 Kernels with_products() {
   Kernels table{};
-  table.products_split.product_scratch = no_scratch;
-  table.products_split.product = product;
+  table.unit_float.product_scratch = no_scratch;
+  table.unit_float.product = product;
   return table;
 }
 

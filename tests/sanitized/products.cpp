@@ -130,7 +130,7 @@ bool maps(const ProductKernels<T>& table, const Sizes& sizes) {
 }
 
 bool is_right(const Kernels& kernels, const Sizes& sizes) {
-  const ProductKernels<float>& split = kernels.products_split;
+  const ProductKernels<float>& split = kernels.unit_float;
   for (const bool a_transposed : {false, true}) {
     for (const bool accumulates : {false, true}) {
       if (!multiplies<Product<float>, float, float>(kernels.products_float, sizes, a_transposed, accumulates) ||
