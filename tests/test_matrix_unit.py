@@ -1,4 +1,4 @@
-"""Products of float32 by AMX, which multiplies bfloat16: each number in three parts that add up to it."""
+"""Products by AMX, which multiplies bfloat16: of those, and of float32 in three parts that add up to it."""
 
 import itertools
 import os
@@ -20,15 +20,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True, params=[1, 2, 3])
-def _threads(request):
-    """Where the level is forced, see test_cpu_kernels.py, the unit has the products of any number of threads."""
-    if request.param > 1 and "TORCH_MLP_CPU_CAPABILITY" not in os.environ:
-        pytest.skip("with several threads the matrix unit is used where TORCH_MLP_CPU_CAPABILITY says so")
-    threads = torch.get_num_threads()
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(threads)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads_of_float32(threads):
+    """Where the level is forced, see test_cpu_kernels.py, the unit has the products of any number of threads."""
+    if threads > 1 and "TORCH_MLP_CPU_CAPABILITY" not in os.environ:
+        pytest.skip("with several threads the matrix unit has float32 where TORCH_MLP_CPU_CAPABILITY says so")
 
 
 def selection(rows, cols, generator):
@@ -45,6 +49,7 @@ def of_all_bits(rows, cols, generator):
     return values * 2.0 ** torch.randint(-20, 20, (rows, cols), generator=generator)
 
 
+@pytest.mark.usefixtures("threads_of_float32")
 @pytest.mark.parametrize("selects", ["input", "weight", "grad_output"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_bit_is_lost(shape, selects):
@@ -67,9 +72,17 @@ def test_no_bit_is_lost(shape, selects):
     assert selects != "input" or (terms["grad_weight"] == 1).any()
 
 
+def gradients(function, values):
+    """The output of the function of input and weight, and its gradients."""
+    input, weight = (values[name].clone().requires_grad_() for name in ("input", "weight"))
+    output = function(input, weight)
+    return [output.detach(), *torch.autograd.grad(output, [input, weight], values["grad_output"])]
+
+
 SIZES = [0.0, 1e-44, 1e-38, 1e-36, 1e-34, 1e-30, 1e-20, 2.0**-49, 2.0**-48, 2.0**47, 2.0**48, 1e30]
 
 
+@pytest.mark.usefixtures("threads_of_float32")
 @pytest.mark.parametrize("operand", ["input", "weight", "grad_output"])
 @pytest.mark.parametrize(
     ("where", "size"),
@@ -86,17 +99,53 @@ def test_numbers_of_any_size(operand, where, size):
     part = {"one": values[operand][77, 101:102], "row": values[operand][77], "all": values[operand]}[where]
     part.copy_(torch.where(part < 0, -1, 1) * part.abs().clamp(0.5, 1) * size)
 
-    def results(function):
-        input, weight = (values[name].clone().requires_grad_() for name in ("input", "weight"))
-        output = function(input, weight)
-        return [output.detach(), *torch.autograd.grad(output, [input, weight], values["grad_output"])]
-
-    for our, true in zip(
-        results(lambda x, w: linear_act(x, w, None, "identity")), results(torch.nn.functional.linear), strict=True
-    ):
+    ours = gradients(lambda x, w: linear_act(x, w, None, "identity"), values)
+    for our, true in zip(ours, gradients(torch.nn.functional.linear, values), strict=True):
         largest = true[true.isfinite()].abs().max() if true.isfinite().any() else torch.tensor(0.0)
         rounded = 2e-6 * float(largest) + 1000 * 2.0**-149  # subnormal numbers are rounded to the same last place
         torch.testing.assert_close(our, true, rtol=1e-4, atol=rounded, equal_nan=True)
+
+
+# Around the tiles of 16, the bands of 32, the blocks of 512 and depths of 512 and 1024; of several blocks of sums.
+BFLOAT16_SHAPES = [(1, 40, 30), (15, 33, 17), (64, 64, 64), (97, 161, 126), (333, 1000, 190), (100, 2500, 33)]
+BFLOAT16_SHAPES += [(40, 90, 1700), (1300, 70, 33), (900, 1700, 1100)]
+
+
+def integers(rows, cols, generator):
+    """Numbers whose products' sums are exact in float."""
+    return torch.randint(-8, 9, (rows, cols), generator=generator).bfloat16()
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("shape", BFLOAT16_SHAPES, ids=str)
+def test_sums_of_bfloat16_are_rounded_once(shape, activation):
+    batch, ins, outs = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    values = {"input": integers(batch, ins, generator), "weight": integers(outs, ins, generator)}
+    bias = integers(1, outs, generator)[0]
+    values["grad_output"] = integers(batch, outs, generator)
+    ours = gradients(lambda x, w: linear_act(x, w, bias, activation), values)
+
+    x, w, gy = (values[name].double() for name in ("input", "weight", "grad_output"))
+    z = x @ w.T + bias.double()
+    y, gz = (z.clamp(min=0), gy * (z > 0)) if activation == "relu" else (z, gy)
+    for our, true in zip(ours, [y, gz @ w, gz.T @ x], strict=True):
+        assert torch.equal(our, true.bfloat16())
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("operand", ["input", "weight", "grad_output"])
+@pytest.mark.parametrize("shape", [(64, 64, 64), (37, 50, 41)], ids=str)
+def test_what_is_not_finite_stays_in_its_row(shape, operand, value):
+    batch, ins, outs = shape
+    generator = torch.Generator().manual_seed(5)
+    sizes = {"input": (batch, ins), "weight": (outs, ins), "grad_output": (batch, outs)}
+    values = {name: integers(*size, generator) for name, size in sizes.items()}
+    values[operand][-1, -1] = value  # beside what fills up the tiles
+    ours = gradients(lambda x, w: linear_act(x, w, None, "identity"), values)
+    for our, true in zip(ours, gradients(torch.nn.functional.linear, values), strict=True):
+        torch.testing.assert_close(our, true, rtol=0.01, atol=0, equal_nan=True)
 
 
 def test_system_that_refuses():

@@ -4,15 +4,19 @@
 // is multiplied by the tiles of gemm.h. Products of bfloat16 are rounded to bfloat16 once, at the end.
 //
 // Of the two operands one is resident: a block of it is brought into tiles beforehand and stays in the second-level
-// cache. The other streams past it band by band, the next of which is brought into tiles while the unit multiplies: this
-// takes no time of its own, for the unit leaves the vector instructions to others, nor has the unit to wake up, which
-// takes a microsecond or two after a pause. The longer operand streams, unless it lies in memory transposed:
+// cache. The other streams past it band by band. While the unit multiplies one band, the next is brought into tiles, and
+// the block of sums before is finished: this takes little time of its own, for the unit leaves the vector instructions
+// to others, nor has the unit to wake up, which takes a microsecond or two after a pause. The longer operand streams,
+// unless it lies in memory transposed:
 //
 //   product                  streams    resident
 //   linear   y^T = W x^T     W          x^T
 //            y = x W^T       x          W^T
 //   product  gz W            W or gz    gz or W
 //   product  gz^T x          x          gz^T
+//
+// In bfloat16 a matrix that lies in memory as in tiles is not copied; gz always streams past W, for a band of W would be
+// read from all of its rows.
 //
 // For level.h.
 #pragma once
@@ -44,8 +48,8 @@ struct alignas(64) TileShapes {
 constexpr TileShapes kTileShapes;
 
 // sums (kBand, kBand) = the product of two bands, steps times kTileDepth deep; or sums += it. With every four tiles of
-// it, meanwhile() is called. The streaming operand's stay in the first-level cache for the next band of the resident one,
-// whose own pass it by.
+// it, meanwhile() is called. The streaming operand's stay in the first-level cache for the next band of the resident
+// one, whose own pass it by.
 template <bool streams_a, typename T, typename Meanwhile>
 TORCH_MLP_INLINE void multiply_bands(const BandOfA<T>& a, const bfloat16_pair* b, int64_t steps, Matrix sums, bool adds,
                                      Meanwhile&& meanwhile) {
@@ -292,15 +296,17 @@ void multiply_by_unit(const UnitWork<T>& work, const UnitScratch<T>& sizes, floa
               const int64_t number = (band - first) / kBand * bands + i;
               float* const spare = spare_blocks + (sizes.keeps_sums ? number : number % 2) * kBlock;
               const Matrix sums = result.block(to, {spare, kBand});
-              const BandOfA<T> a = band_of_a<!streams_a && is_transposed>(
-                  streams_a ? streaming : resident_band,
-                  streams_a ? work.streaming.from(band, p) : work.resident.from(line + i * kBand, p), to.rows, depth);
+              const BandOfA<T> a =
+                  band_of_a < !streams_a &&
+                  is_transposed > (streams_a ? streaming : resident_band,
+                                   streams_a ? work.streaming.from(band, p) : work.resident.from(line + i * kBand, p),
+                                   to.rows, depth);
               const int64_t finishing = ceil_div(finisher.steps(), steps * kGroupsOfStep<T>);
-              multiply_bands<streams_a>(a, streams_a ? resident_band : streaming, steps, sums, sizes.keeps_sums && !to.is_first,
-                                [&] {
-                                  finisher.some(finishing);
-                                  next.fill_some(vectors);
-                                });
+              multiply_bands<streams_a>(a, streams_a ? resident_band : streaming, steps, sums,
+                                        sizes.keeps_sums && !to.is_first, [&] {
+                                          finisher.some(finishing);
+                                          next.fill_some(vectors);
+                                        });
               finisher.rest();
               finisher.start(to, sums);
             }
@@ -349,8 +355,8 @@ __attribute__((noinline)) void finish_some_rows(ActivationKind kind, int64_t beg
   sums.data += begin * sums.stride;
   c.data += begin * c.stride;
   dispatch(kind, [&](auto act) {
-    (cols == kBand ? finish_rows<act.value, adds, true, T>
-                   : finish_rows<act.value, adds, false, T>)(sums, bias, rows, cols, c);
+    (cols == kBand ? finish_rows<act.value, adds, true, T> : finish_rows<act.value, adds, false, T>)(sums, bias, rows,
+                                                                                                     cols, c);
   });
 }
 
@@ -404,8 +410,8 @@ struct UnitProductResult {
   }
   void finish(const UnitPart& part, Matrix sums, int64_t step) const {
     (adds(part) ? finish_some_rows<std::is_same_v<T, float>, T>
-                : finish_some_rows<false, T>)(ActivationKind::Identity, step * kRowsToFinish, part.rows, part.cols, sums,
-                                              nullptr, c(part));
+                : finish_some_rows<false, T>)(ActivationKind::Identity, step * kRowsToFinish, part.rows, part.cols,
+                                              sums, nullptr, c(part));
   }
 
   void multiply_floats(const UnitPart& part) const {

@@ -18,8 +18,8 @@ TORCH_MLP_INLINE vec_uint pairs_of_rows(const bfloat16_bits* first, int64_t firs
   return row(first, first_count) | row(second, second_count) << 16;
 }
 
-// A vector of pairs as they lie in memory: of line i, or of all lines at 2 i and 2 i + 1 of the depth; with zeros beyond
-// lines and depth where they are not those of a whole tile.
+// A vector of pairs as they lie in memory: of line i, or of all lines at 2 i and 2 i + 1 of the depth; with zeros
+// beyond lines and depth where they are not those of a whole tile.
 template <bool rows_are_lines, bool is_whole>
 TORCH_MLP_INLINE vec load_pairs(const Lines<bfloat16_bits>& of, int64_t i, int64_t lines, int64_t depth) {
   if constexpr (rows_are_lines) {

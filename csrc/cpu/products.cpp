@@ -193,7 +193,8 @@ Rows<const bfloat16_pair> pairs_of(const Tensor& matrix) {
 }
 
 // How many of these tasks a thread should at least have, of a product of matrices (rows, depth) and (depth, cols). To
-// visit an element takes as long as eight multiplications; speed is how often faster than the vector kernels it is done.
+// visit an element takes as long as eight multiplications; speed is how often faster than the vector kernels it is
+// done.
 int64_t grain_of(int64_t tasks, int64_t rows, int64_t cols, int64_t depth, int64_t speed = 1) {
   const int64_t visited = std::max({rows * cols, rows * depth, depth * cols});
   const int64_t multiplications = std::max({rows * cols * depth / speed, 8 * visited, int64_t(1)});
@@ -230,9 +231,9 @@ void forward_by(const ProductKernels<T, T>& table, int64_t speed, const Tensor& 
   const LinearShape shape = linear_shape(input, weight);
   const Tensor x = with_adjacent_columns(input), w = with_adjacent_columns(weight);
   const FloatBias b(bias);
-  const LinearForward<T, T> forward{shape,    const_rows<scalar_t>(x),
-                                    const_rows<scalar_t>(w), b.data(),
-                                    rows<scalar_t>(output, shape.out_features), activation};
+  const LinearForward<T, T> forward{
+      shape,     const_rows<scalar_t>(x), const_rows<scalar_t>(w), b.data(), rows<scalar_t>(output, shape.out_features),
+      activation};
   const int64_t tasks = table.linear_tasks(shape);
   const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, shape.in_features, speed);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
@@ -354,8 +355,7 @@ void linear_grad_input_out_cpu(const Tensor& grad_input, const Tensor& grad_z, c
   } else if (by_kernels && !accumulates) {  // in 16 bits nobody adds, for the sums would be rounded
     const Tensor w = with_adjacent_columns(weight);
     product_by_kernels(Bfloat16Product{shape.batch, shape.in_features, shape.out_features, const_rows<BFloat16>(grad_z),
-                                       false, const_rows<BFloat16>(w),
-                                       rows<BFloat16>(grad_input, shape.in_features)});
+                                       false, const_rows<BFloat16>(w), rows<BFloat16>(grad_input, shape.in_features)});
   } else {
     matmul_out(grad_input, grad_z, weight, accumulates ? std::optional(grad_input) : std::nullopt);
   }
@@ -372,9 +372,8 @@ void linear_grad_weight_out_cpu(const Tensor& grad_weight, const Tensor& grad_z,
                                       accumulates});
   } else if (by_kernels && !accumulates) {
     const Tensor x = with_adjacent_columns(input);
-    product_by_kernels(Bfloat16Product{shape.out_features, shape.in_features, shape.batch,
-                                       const_rows<BFloat16>(grad_z), true, const_rows<BFloat16>(x),
-                                       rows<BFloat16>(grad_weight, shape.in_features)});
+    product_by_kernels(Bfloat16Product{shape.out_features, shape.in_features, shape.batch, const_rows<BFloat16>(grad_z),
+                                       true, const_rows<BFloat16>(x), rows<BFloat16>(grad_weight, shape.in_features)});
   } else {
     matmul_out(grad_weight, transpose(grad_z), input, accumulates ? std::optional(grad_weight) : std::nullopt);
   }

@@ -58,7 +58,8 @@ TORCH_MLP_INLINE void load_transposed(Rows<const float> of, int64_t rows, int64_
 
 // The tiles, one for each part, of `depth` of `lines`, or of as much of them as a tile holds.
 template <bool is_a, bool is_transposed, bool is_whole>
-TORCH_MLP_INLINE vec_uint fill_tile(const Lines<float>& of, int64_t lines, int64_t depth, bfloat16_pair* to, vec_uint most) {
+TORCH_MLP_INLINE vec_uint fill_tile(const Lines<float>& of, int64_t lines, int64_t depth, bfloat16_pair* to,
+                                    vec_uint most) {
   constexpr bool rows_are_lines = is_a != is_transposed;  // as they lie in memory
   const int64_t stride = rows_are_lines ? of.line_stride : of.depth_stride, second_depth = depth - kTileSide;
   const int64_t rows = rows_are_lines ? lines : depth, cols = rows_are_lines ? depth : lines;

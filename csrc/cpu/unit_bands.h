@@ -44,7 +44,11 @@ class BandFiller {
  public:
   // No lines: nothing to do.
   BandFiller(const Lines<T>& of, int64_t lines, int64_t depth, bfloat16_pair* to)
-      : of_(of), lines_(lines), depth_(depth), to_(to), whole_depth_(lines == kBand ? depth / kTileDepth * kTileDepth : 0) {}
+      : of_(of),
+        lines_(lines),
+        depth_(depth),
+        to_(to),
+        whole_depth_(lines == kBand ? depth / kTileDepth * kTileDepth : 0) {}
 
   // The vectors of a whole step are numbered so that those that lie beside each other in memory come together.
   TORCH_MLP_INLINE void fill_some(int64_t count) {

@@ -14,12 +14,13 @@ constexpr int64_t kTilePairs = kTileSide * kTileSide, kTileDepth = 2 * kTileSide
 constexpr int64_t kTileRowBytes = kTileSide * sizeof(float);
 // Rows of a, or columns of b, of two tiles: with both, four tiles of sums, and room for two of a and two of b.
 constexpr int64_t kBand = 2 * kTileSide;
-// Of a band: for each kTileDepth of the depth the two tiles, or those of the first part, of the second and of the third.
+// Of a band: for each kTileDepth of the depth the two tiles, or those of the first part, of the second and of the
+// third.
 template <typename T>
 constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;
 constexpr int64_t kPartPairs = 2 * kTilePairs;
 template <typename T>
-constexpr int64_t kStepPairs = kParts<T>* kPartPairs;
+constexpr int64_t kStepPairs = kParts<T> * kPartPairs;
 
 // An operand: element p along the depth of a line, a row of a or a column of b. One of the strides is 1.
 template <typename T>
