@@ -4,10 +4,10 @@
 // is multiplied by the tiles of gemm.h. Products of bfloat16 are rounded to bfloat16 once, at the end.
 //
 // Of the two operands one is resident: a block of it is brought into tiles beforehand and stays in the second-level
-// cache. The other streams past it band by band. While the unit multiplies one band, the next is brought into tiles, and
-// the block of sums before is finished: this takes little time of its own, for the unit leaves the vector instructions
-// to others, nor has the unit to wake up, which takes a microsecond or two after a pause. The longer operand streams,
-// unless it lies in memory transposed:
+// cache. The other streams past it band by band. While the unit multiplies one band, the next is brought into tiles,
+// and the block of sums before is finished: this takes little time of its own, for the unit leaves the vector
+// instructions to others, nor has the unit to wake up, which takes a microsecond or two after a pause. The longer
+// operand streams, unless it lies in memory transposed:
 //
 //   product                  streams    resident
 //   linear   y^T = W x^T     W          x^T
@@ -15,8 +15,8 @@
 //   product  gz W            W or gz    gz or W
 //   product  gz^T x          x          gz^T
 //
-// In bfloat16 a matrix that lies in memory as in tiles is not copied; gz always streams past W, for a band of W would be
-// read from all of its rows.
+// In bfloat16 a matrix that lies in memory as in tiles is not copied; gz always streams past W, for a band of W would
+// be read from all of its rows.
 //
 // For level.h.
 #pragma once
