@@ -138,8 +138,9 @@ bool matrix_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
   return 32 * visited <= multiplications && 3 * padded(rows) * padded(cols) * padded(depth) <= 4 * multiplications;
 }
 
-// The same of bfloat16, which the library multiplies by the unit too: for the forward pass always, for gradients where
-// the tiles are filled at least by half. The unit's kernels over the better one of vector kernels and library:
+// The same of bfloat16, which the library multiplies by the unit too, and with any number of threads: the forward pass
+// always, gradients where tiles are filled by half, or by a quarter where there is little to do. The unit's kernels
+// over the better one of vector kernels and library, one thread:
 //                            forward      grad_input    grad_weight
 //   batch 1                  1.8 to 3.3   0.4 to 0.6    0.4 to 0.5
 //   batch 8                  1.3 to 4.4   1.0 to 1.8    0.8 to 1.8
@@ -147,10 +148,13 @@ bool matrix_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
 //   batch 64                 1.8 to 3.6   1.5 to 3.6    1.4 to 2.9
 //   batch 512                1.3 to 5.0   1.1 to 3.4    1.3 to 2.6
 //   batch 4096               1.1 to 2.1   1.0 to 1.6    1.3 to 1.6
-//   10 outputs               1.1 to 2.2   0.8 to 1.2    0.5 to 1.0
+//   10 outputs, to 512 rows  1.1 to 2.2   0.9 to 1.5    0.8 to 1.1
+//     1024 and 4096 rows     1.2 to 2.0   0.8 to 1.3    0.5 to 0.7
 bool bfloat16_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
-  constexpr int64_t half_band = 16;
-  return kernels().unit_bfloat16.product && std::min({rows, cols, depth}) >= half_band;
+  constexpr int64_t band = 32, few_multiplications = 1 << 21;
+  const int64_t least = std::min({rows, cols, depth});
+  return kernels().unit_bfloat16.product &&
+         (least >= band / 2 || (least >= band / 4 && rows * cols * depth <= few_multiplications));
 }
 
 LinearShape linear_shape(const Tensor& x, const Tensor& weight) { return {x.size(0), weight.size(1), weight.size(0)}; }

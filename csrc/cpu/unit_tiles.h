@@ -1,5 +1,5 @@
 // What the matrix unit of Intel's processors, AMX, multiplies: tiles of pairs of bfloat16. split_floats.h and
-// pair_bfloat16.h fill them, gemm_amx.h multiplies. For level.h.
+// pair_bfloat16.h fill them, unit_multiply.h multiplies. For level.h.
 #pragma once
 
 #include "vector.h"
