@@ -45,7 +45,7 @@ LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000), (4096, 1000), (512, 32
 BINARY_LOGITS = ((64,), (4096,), (1_000_000,))
 QUICK_LINEAR = ((1, 784, 512), (64, 784, 128), (64, 784, 512), (128, 512, 512), (512, 512, 512), (64, 256, 10))
 QUICK_LOGITS = ((64, 10), (1024, 10), (60000, 10), (256, 1000))
-BFLOAT16_LAYERS = ((512, 512), (1024, 1024))
+BFLOAT16_LAYERS = ((784, 128), (512, 512), (1024, 1024), (256, 10))
 MULTIPLY_ADDS_OF_EXP = 10  # whose time one takes in a loop of nothing else, of which 9 are its own: csrc/cpu/exp.h
 
 
@@ -207,7 +207,7 @@ def plan(arguments: argparse.Namespace, dtype: str) -> list[tuple[str, tuple[int
     if arguments.quick:
         linear, logits = list(QUICK_LINEAR), list(QUICK_LOGITS)
     elif dtype == "bfloat16":
-        linear = [(batch, *layer) for layer in BFLOAT16_LAYERS for batch in BATCHES if batch >= 64]
+        linear = [(batch, *layer) for layer in BFLOAT16_LAYERS for batch in BATCHES]
     shapes = {"linear": linear, "cross_entropy": logits, "binary_cross_entropy": list(BINARY_LOGITS)}
     return [(op, shape, dtype) for op in shapes if arguments.op in (op, "all") for shape in shapes[op]]
 
@@ -335,7 +335,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="CPU threads, in turn")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "both"), default="both", help="both: bfloat16 on a few shapes only"
+        "--dtype", choices=("float32", "bfloat16", "both"), default="both", help="both: bfloat16 on a few layers only"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: see bench_cuda.py")
     parser.add_argument("--quick", action="store_true", help="a few shapes, float32, one thread: under two minutes")

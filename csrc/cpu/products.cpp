@@ -2,10 +2,11 @@
 // torch's library.
 //
 // Fused: bias and activation follow the kernels' product on a block that is still in cache.
-// Whose product: matrix_unit_wins says where a matrix unit multiplies, kernels_win and bfloat16_kernels_win where the
-// vector kernels have the rest: for float32 mostly, for bfloat16 (gemm_bfloat16.h) in small batches.
+// Whose product: matrix_unit_wins and bfloat16_unit_wins say where a matrix unit multiplies, kernels_win and
+// bfloat16_kernels_win where the vector kernels have the rest: for float32 mostly, for bfloat16 (gemm_bfloat16.h) in
+// small batches.
 // Threads: by parts of the result, so that every element is summed in the same order whichever thread does it. So the
-// bits do not depend on the number of threads, but for what the library or a matrix unit computes.
+// bits do not depend on the number of threads, but for what the library computes, or a matrix unit in float32.
 #include "products.h"
 
 #include <algorithm>
@@ -22,7 +23,8 @@ using torch::headeronly::BFloat16;
 // two cores of Intel Emerald Rapids with threads that sleep while they wait.
 constexpr int64_t kElementsPerThread = 1 << 16;
 constexpr int64_t kMultiplicationsPerThread = 1 << 21;
-constexpr int64_t kBfloat16UnitSpeed = 8;  // of a matrix unit, relative to the vector kernels in float32
+// How often faster than the vector kernels in float32 bfloat16 is multiplied: by a matrix unit, and by pairs.
+constexpr int64_t kBfloat16UnitSpeed = 8, kPairsSpeed = 2;
 
 template <typename Activation, typename scalar_t>
 void activate(scalar_t* y, int64_t count) {
@@ -197,8 +199,7 @@ Rows<const bfloat16_pair> pairs_of(const Tensor& matrix) {
 }
 
 // How many of these tasks a thread should at least have, of a product of matrices (rows, depth) and (depth, cols). To
-// visit an element takes as long as eight multiplications; speed is how often faster than the vector kernels it is
-// done.
+// visit an element takes as long as eight multiplications.
 int64_t grain_of(int64_t tasks, int64_t rows, int64_t cols, int64_t depth, int64_t speed = 1) {
   const int64_t visited = std::max({rows * cols, rows * depth, depth * cols});
   const int64_t multiplications = std::max({rows * cols * depth / speed, 8 * visited, int64_t(1)});
@@ -296,7 +297,7 @@ void product_by_kernels(const Bfloat16Product& product) {
   if (bfloat16_unit_wins(product.rows, product.cols, product.depth)) {
     product_by(kernels().unit_bfloat16, kBfloat16UnitSpeed, product);
   } else {
-    product_by(kernels().into_bfloat16, 2, product);
+    product_by(kernels().into_bfloat16, kPairsSpeed, product);
   }
 }
 
