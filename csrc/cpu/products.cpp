@@ -141,22 +141,26 @@ bool matrix_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
 }
 
 // The same of bfloat16, which the library multiplies by the unit too, and with any number of threads: the forward pass
-// always, gradients where tiles are filled by half, or by a quarter where there is little to do. The unit's kernels
-// over the better one of vector kernels and library, one thread:
+// always, gradients where tiles are filled by half, or by a quarter where there is little to do. But a grad_input for
+// which writing it is most of the work is left to the library. The unit's kernels over the better one of vector kernels
+// and library, one thread:
 //                            forward      grad_input    grad_weight
 //   batch 1                  1.8 to 3.3   0.4 to 0.6    0.4 to 0.5
 //   batch 8                  1.3 to 4.4   1.0 to 1.8    0.8 to 1.8
 //   batch 16, 32             1.2 to 4.6   1.1 to 2.8    0.9 to 2.6
-//   batch 64                 1.8 to 3.6   1.5 to 3.6    1.4 to 2.9
-//   batch 512                1.3 to 5.0   1.1 to 3.4    1.3 to 2.6
-//   batch 4096               1.1 to 2.1   1.0 to 1.6    1.3 to 1.6
+//   batch 64                 1.8 to 3.6   1.5 to 3.6    0.9 to 2.9
+//   batch 256                1.2 to 1.7   0.8 to 2.2    1.1 to 2.0
+//   batch 512                1.0 to 5.0   0.8 to 3.4    1.0 to 2.6
+//   batch 4096               0.9 to 2.1   0.6 to 1.6    0.9 to 1.6
+//     up to 256 outputs                   0.6 to 1.0
 //   10 outputs, to 512 rows  1.1 to 2.2   0.9 to 1.5    0.8 to 1.1
 //     1024 and 4096 rows     1.2 to 2.0   0.8 to 1.3    0.5 to 0.7
-bool bfloat16_unit_wins(int64_t rows, int64_t cols, int64_t depth) {
-  constexpr int64_t band = 32, few_multiplications = 1 << 21;
+bool bfloat16_unit_wins(int64_t rows, int64_t cols, int64_t depth, bool a_transposed) {
+  constexpr int64_t band = 32, few_multiplications = 1 << 21, large = 1 << 18, short_depth = 256;
   const int64_t least = std::min({rows, cols, depth});
-  return kernels().unit_bfloat16.product &&
-         (least >= band / 2 || (least >= band / 4 && rows * cols * depth <= few_multiplications));
+  const bool is_filled = least >= band / 2 || (least >= band / 4 && rows * cols * depth <= few_multiplications);
+  const bool is_mostly_written = !a_transposed && rows * cols > large && depth <= short_depth;
+  return kernels().unit_bfloat16.product && is_filled && !is_mostly_written;
 }
 
 LinearShape linear_shape(const Tensor& x, const Tensor& weight) { return {x.size(0), weight.size(1), weight.size(0)}; }
@@ -294,7 +298,7 @@ void product_by_kernels(const Product<float>& product) {
 }
 
 void product_by_kernels(const Bfloat16Product& product) {
-  if (bfloat16_unit_wins(product.rows, product.cols, product.depth)) {
+  if (bfloat16_unit_wins(product.rows, product.cols, product.depth, product.a_transposed)) {
     product_by(kernels().unit_bfloat16, kBfloat16UnitSpeed, product);
   } else {
     product_by(kernels().into_bfloat16, kPairsSpeed, product);
@@ -322,8 +326,9 @@ KernelsWin kernels_win(const Tensor& of_output, const LinearShape& shape) {
     }
     if (of_output.scalar_type() == ScalarType::BFloat16) {
       const KernelsWin win = bfloat16_kernels_win(shape);
-      const bool unit_wins = bfloat16_unit_wins(batch, ins, outs);
-      return {win.forward || kernels().unit_bfloat16.linear, win.grad_input || unit_wins, win.grad_weight || unit_wins};
+      return {win.forward || kernels().unit_bfloat16.linear,
+              win.grad_input || bfloat16_unit_wins(batch, ins, outs, false),
+              win.grad_weight || bfloat16_unit_wins(outs, ins, batch, true)};
     }
   }
   return {false, false, false};
