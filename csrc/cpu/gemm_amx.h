@@ -46,15 +46,21 @@ TORCH_MLP_INLINE void finish_rows(Matrix sums, const float* bias, int64_t rows, 
 }
 
 // The same of some rows of a block, in a function of its own: it is called between the products of tiles.
-template <bool adds, typename T>
-__attribute__((noinline)) void finish_some_rows(ActivationKind kind, int64_t begin, int64_t rows, int64_t cols,
-                                                Matrix sums, const float* bias, Rows<T> c) {
+template <typename T>
+__attribute__((noinline)) void finish_some_rows(ActivationKind kind, bool adds, int64_t begin, int64_t rows,
+                                                int64_t cols, Matrix sums, const float* bias, Rows<T> c) {
   rows = min(rows - begin, kRowsToFinish);
   sums.data += begin * sums.stride;
   c.data += begin * c.stride;
   dispatch(kind, [&](auto act) {
-    (cols == kBand ? finish_rows<act.value, adds, true, T> : finish_rows<act.value, adds, false, T>)(sums, bias, rows,
-                                                                                                     cols, c);
+    const auto finish = [&](auto is_whole) {
+      if (kAddsInC<T> && adds) {
+        finish_rows<act.value, kAddsInC<T>, is_whole.value>(sums, bias, rows, cols, c);
+      } else {
+        finish_rows<act.value, false, is_whole.value>(sums, bias, rows, cols, c);
+      }
+    };
+    cols == kBand ? finish(std::true_type{}) : finish(std::false_type{});
   });
 }
 
@@ -107,9 +113,8 @@ struct UnitProductResult {
     return is_finished ? 0 : ceil_div(part.rows, kRowsToFinish);
   }
   void finish(const UnitPart& part, Matrix sums, int64_t step) const {
-    (adds(part) ? finish_some_rows<kAddsInC<T>, T> : finish_some_rows<false, T>)(ActivationKind::Identity,
-                                                                                 step * kRowsToFinish, part.rows,
-                                                                                 part.cols, sums, nullptr, c(part));
+    finish_some_rows(ActivationKind::Identity, adds(part), step * kRowsToFinish, part.rows, part.cols, sums, nullptr,
+                     c(part));
   }
 
   void multiply_floats(const UnitPart& part) const {
@@ -133,16 +138,19 @@ void unit_product(const Product<T, T>& self, int64_t begin, int64_t end, T* scra
     multiply_by_unit<true, false>(work, sizes, memory, result);
   } else {
     const UnitWork<T> work(a, self.rows, b, self.cols, self.depth, begin, end);
-    (self.a_transposed ? multiply_by_unit<false, true, T, UnitProductResult<T>>
-                       : multiply_by_unit<false, false, T, UnitProductResult<T>>)(work, sizes, memory, result);
+    if (self.a_transposed) {
+      multiply_by_unit<false, true>(work, sizes, memory, result);
+    } else if constexpr (std::is_same_v<T, float>) {  // in bfloat16 a streams
+      multiply_by_unit<false, false>(work, sizes, memory, result);
+    }
   }
 }
 
 // --- linear: y = act(x W^T + b) where x streams; else y^T = act(W x^T + b), and W does. The longer one streams. ---
 
-inline bool streams_x(const LinearShape& shape) { return shape.batch > shape.out_features; }
+bool streams_x(const LinearShape& shape) { return shape.batch > shape.out_features; }
 
-inline int64_t unit_linear_tasks(const LinearShape& shape) { return unit_tasks(shape.batch, shape.out_features); }
+int64_t unit_linear_tasks(const LinearShape& shape) { return unit_tasks(shape.batch, shape.out_features); }
 
 template <typename T>
 UnitScratch<T> cut(const LinearShape& shape) {
@@ -193,11 +201,8 @@ struct UnitLinearResult {
       return turn_quarter(sums, step, turned);
     }
     const UnitPart to = of_y(part);
-    const bool adds = kAddsInC<T> && !to.is_first;
-    (adds ? finish_some_rows<kAddsInC<T>, T>
-          : finish_some_rows<false, T>)(to.is_last ? self.activation : ActivationKind::Identity,
-                                        (step - kTurns) * kRowsToFinish, to.rows, to.cols,
-                                        is_transposed ? turned : sums, bias(to), y(to));
+    finish_some_rows(to.is_last ? self.activation : ActivationKind::Identity, kAddsInC<T> && !to.is_first,
+                     (step - kTurns) * kRowsToFinish, to.rows, to.cols, is_transposed ? turned : sums, bias(to), y(to));
   }
 
   void multiply_floats(const UnitPart& part) const {
@@ -212,7 +217,7 @@ struct UnitLinearResult {
       product(of_floats, 0, product_tasks(of_floats), scratch + kBand * to.depth);
       if (to.is_last) {
         for (int64_t row = 0; row < to.rows; row += kRowsToFinish) {
-          finish_some_rows<false, float>(self.activation, row, to.rows, to.cols, y(to), bias(to), y(to));
+          finish_some_rows(self.activation, false, row, to.rows, to.cols, y(to), bias(to), y(to));
         }
       }
     }

@@ -7,17 +7,6 @@
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
 
-// Pairs of the rows at first and at second, of which the first count elements are there, or all of a vector.
-template <bool is_whole>
-TORCH_MLP_INLINE vec_uint pairs_of_rows(const bfloat16_bits* first, int64_t first_count, const bfloat16_bits* second,
-                                        int64_t second_count) {
-  const auto row = [](const bfloat16_bits* from, int64_t count) {
-    const __mmask16 lanes = is_whole ? 0xffff : (1u << count) - 1;
-    return (vec_uint)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(lanes, from));
-  };
-  return row(first, first_count) | row(second, second_count) << 16;
-}
-
 // A vector of pairs as they lie in memory: of line i, or of all lines at 2 i and 2 i + 1 of the depth; with zeros
 // beyond lines and depth where they are not those of a whole tile.
 template <bool rows_are_lines, bool is_whole>
@@ -28,9 +17,10 @@ TORCH_MLP_INLINE vec load_pairs(const Lines<bfloat16_bits>& of, int64_t i, int64
     return is_whole ? load(reinterpret_cast<const bfloat16_pair*>(from))
                     : (vec)_mm512_maskz_loadu_epi16(__mmask32((int64_t(1) << count) - 1), from);
   } else {
-    const int64_t p = 2 * i, count = max(0, min(lines, kTileSide));
-    const bfloat16_bits* const from = of.data + p * of.depth_stride;
-    return (vec)pairs_of_rows<is_whole>(from, p < depth ? count : 0, from + of.depth_stride, p + 1 < depth ? count : 0);
+    const auto row = [&](int64_t p) {
+      return load_some<is_whole>(of.data + p * of.depth_stride, p < depth ? max(0, min(lines, kTileSide)) : 0);
+    };
+    return exact_pairs_of(row(2 * i), row(2 * i + 1));
   }
 }
 

@@ -23,8 +23,7 @@ using torch::headeronly::BFloat16;
 // two cores of Intel Emerald Rapids with threads that sleep while they wait.
 constexpr int64_t kElementsPerThread = 1 << 16;
 constexpr int64_t kMultiplicationsPerThread = 1 << 21;
-// How often faster than the vector kernels in float32 bfloat16 is multiplied: by a matrix unit, and by pairs.
-constexpr int64_t kBfloat16UnitSpeed = 8, kPairsSpeed = 2;
+constexpr int64_t kUnitSpeed = 4;  // how much faster than the vector kernels a matrix unit multiplies pairs of bfloat16
 
 template <typename Activation, typename scalar_t>
 void activate(scalar_t* y, int64_t count) {
@@ -79,9 +78,9 @@ KernelsWin kernels_win(const LinearShape& shape) {
           shape.batch <= 64 || shape.out_features <= 16};
 }
 
-// The same in bfloat16, identity for activation, where the processor multiplies pairs; elsewhere the library has all
-// three. On AMD's processors its products run at 85 to 90 % of the peak once they are large, and it writes a large
-// gradient of the weight faster.
+// The same in bfloat16, identity for activation, where the processor multiplies pairs and no matrix unit wins (see
+// below); elsewhere the library has all three. On AMD's processors its products run at 85 to 90 % of the peak once they
+// are large, and it writes a large gradient of the weight faster.
 //                                             forward      grad_input    grad_weight
 //   AMD Zen 5                batch 1, 8       0.5 to 1.5   1.2 to 2.2    0.9 to 1.5
 //                            batch 32         1.2 to 1.8   1.1 to 1.3    0.9 to 1.2
@@ -202,12 +201,17 @@ Rows<const bfloat16_pair> pairs_of(const Tensor& matrix) {
   return {reinterpret_cast<const bfloat16_pair*>(matrix.const_data_ptr<BFloat16>()), matrix.stride(0) / 2};
 }
 
-// How many of these tasks a thread should at least have, of a product of matrices (rows, depth) and (depth, cols). To
-// visit an element takes as long as eight multiplications.
-int64_t grain_of(int64_t tasks, int64_t rows, int64_t cols, int64_t depth, int64_t speed = 1) {
+// How many of these tasks a thread should at least have, of a product of matrices (rows, depth) and (depth, cols), of
+// floats or pairs. To visit an element takes as long as eight multiplications.
+int64_t grain_of(int64_t tasks, int64_t rows, int64_t cols, int64_t depth, int64_t speed) {
   const int64_t visited = std::max({rows * cols, rows * depth, depth * cols});
   const int64_t multiplications = std::max({rows * cols * depth / speed, 8 * visited, int64_t(1)});
   return std::max<int64_t>(1, kMultiplicationsPerThread * tasks / multiplications);
+}
+
+template <typename T>
+int64_t in_floats_or_pairs(int64_t depth) {
+  return std::is_same_v<T, float> ? depth : depth / 2;
 }
 
 // A bias of any stride, in float; valid until the next one of bfloat16.
@@ -244,7 +248,8 @@ void forward_by(const ProductKernels<T, T>& table, int64_t speed, const Tensor& 
       shape,     const_rows<scalar_t>(x), const_rows<scalar_t>(w), b.data(), rows<scalar_t>(output, shape.out_features),
       activation};
   const int64_t tasks = table.linear_tasks(shape);
-  const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, shape.in_features, speed);
+  const int64_t depth = in_floats_or_pairs<T>(shape.in_features);
+  const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, depth, speed);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     table.linear(forward, begin, end, scratch<Panel, T>(table.linear_scratch(shape)));
   });
@@ -263,7 +268,7 @@ void forward_by_pairs(const Tensor& input, const Tensor& weight, const std::opti
   const ProductKernels<bfloat16_pair>& table = kernels().products_bfloat16;
   const auto linear = kernels().into_bfloat16.linear;
   const int64_t tasks = table.linear_tasks(in_pairs);
-  const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, in_pairs.in_features);
+  const int64_t grain = grain_of(tasks, shape.batch, shape.out_features, in_pairs.in_features, 1);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     linear(forward, begin, end, scratch<Panel, bfloat16_pair>(table.linear_scratch(in_pairs)));
   });
@@ -277,7 +282,7 @@ void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::op
     forward_by<float>(by_unit ? kernels().unit_float : kernels().products_float, 1, input, weight, bias, activation,
                       output);
   } else if (kernels().unit_bfloat16.linear) {
-    forward_by<BFloat16>(kernels().unit_bfloat16, kBfloat16UnitSpeed, input, weight, bias, activation, output);
+    forward_by<BFloat16>(kernels().unit_bfloat16, kUnitSpeed, input, weight, bias, activation, output);
   } else {
     forward_by_pairs(input, weight, bias, activation, output);
   }
@@ -286,7 +291,7 @@ void forward_by_kernels(const Tensor& input, const Tensor& weight, const std::op
 template <typename T, typename Table>
 void product_by(const Table& table, int64_t speed, const Product<T, T>& product) {
   const int64_t tasks = table.product_tasks(product);
-  const int64_t grain = grain_of(tasks, product.rows, product.cols, product.depth, speed);
+  const int64_t grain = grain_of(tasks, product.rows, product.cols, in_floats_or_pairs<T>(product.depth), speed);
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     table.product(product, begin, end, scratch<Panel, T>(table.product_scratch(product)));
   });
@@ -299,9 +304,9 @@ void product_by_kernels(const Product<float>& product) {
 
 void product_by_kernels(const Bfloat16Product& product) {
   if (bfloat16_unit_wins(product.rows, product.cols, product.depth, product.a_transposed)) {
-    product_by(kernels().unit_bfloat16, kBfloat16UnitSpeed, product);
+    product_by(kernels().unit_bfloat16, kUnitSpeed, product);
   } else {
-    product_by(kernels().into_bfloat16, kPairsSpeed, product);
+    product_by(kernels().into_bfloat16, 1, product);
   }
 }
 

@@ -26,18 +26,17 @@ TORCH_MLP_INLINE vec_uint larger(vec_uint doubled, vec_uint pairs) {
 // The parts of the pairs (x, y), each to a tile of its own.
 TORCH_MLP_INLINE vec_uint split_pairs(vec x, vec y, bfloat16_pair* to, vec_uint most) {
   const auto upper_half = [&](vec_uint bits) { return (vec)(bits & 0xffff0000); };
-  const auto pairs = [&](vec first, vec second) { return (vec_uint)first >> 16 | (vec_uint)second; };
   // Rounded, ties away from 0. What is left may have either sign.
   const vec x0 = upper_half((vec_uint)x + 0x8000), y0 = upper_half((vec_uint)y + 0x8000);
-  const vec_uint first = pairs(x0, y0);
-  store(to, (vec)first);
+  const vec first = exact_pairs_of(x0, y0);
+  store(to, first);
   x -= x0;
   y -= y0;
   const vec x1 = upper_half((vec_uint)x), y1 = upper_half((vec_uint)y);
-  store(to + kPartPairs, (vec)pairs(x1, y1));
+  store(to + kPartPairs, exact_pairs_of(x1, y1));
   // What is left has no lower half, unless it is subnormal.
-  store(to + 2 * kPartPairs, (vec)pairs(x - x1, upper_half((vec_uint)(y - y1))));
-  return larger(most, first);
+  store(to + 2 * kPartPairs, exact_pairs_of(x - x1, upper_half((vec_uint)(y - y1))));
+  return larger(most, (vec_uint)first);
 }
 
 // Row i of a matrix of (rows, cols), of which a vector's width is read, with zeros beyond where it is not whole.

@@ -7,12 +7,7 @@
 namespace torch_mlp::TORCH_MLP_LEVEL {
 namespace {
 
-// Whether whole tiles of an operand can be read where they lie.
-template <bool is_a, bool is_transposed, typename T>
-constexpr bool kIsInPlace = is_a && !is_transposed && std::is_same_v<T, bfloat16_bits>;
-
-// Fills the bands of (lines, depth) of an operand, with zeros up to whole bands and steps; of whole bands that are
-// read in place only what is behind their last whole step. Whether they are exact.
+// Fills the bands of (lines, depth) of an operand, with zeros up to whole bands and steps. Whether they are exact.
 template <bool is_a, bool is_transposed, typename T>
 bool fill_bands(const Lines<T>& of, int64_t lines, int64_t depth, bfloat16_pair* to) {
   constexpr bool rows_are_lines = is_a != is_transposed;  // in memory, whose rows are read one after the other
@@ -21,9 +16,6 @@ bool fill_bands(const Lines<T>& of, int64_t lines, int64_t depth, bfloat16_pair*
   for (int64_t i = 0; i < bands * steps; ++i) {
     const int64_t number = rows_are_lines ? i / steps : i % bands, step = rows_are_lines ? i % steps : i / bands;
     const int64_t band = number * kBand, p = step * kTileDepth;
-    if (kIsInPlace<is_a, is_transposed, T> && lines - band >= kBand && depth - p >= kTileDepth) {
-      continue;
-    }
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t begin = band + half * kTileSide;
       const Lines<T> tile = of.from(begin, p);
@@ -38,7 +30,13 @@ bool fill_bands(const Lines<T>& of, int64_t lines, int64_t depth, bfloat16_pair*
   return std::is_same_v<T, bfloat16_bits> || are_exact(most);
 }
 
-// Fills a band, whose operand is not transposed, a few of the vectors at a time.
+// The steps of a band of operand a, not transposed, that are read where they lie, for they do so as in tiles.
+template <typename T>
+TORCH_MLP_INLINE int64_t steps_in_place(int64_t lines, int64_t depth) {
+  return std::is_same_v<T, bfloat16_bits> && lines == kBand ? depth / kTileDepth : 0;
+}
+
+// Fills a band, whose operand is not transposed, a few of the vectors at a time; not the steps that are read in place.
 template <bool is_a, typename T>
 class BandFiller {
  public:
@@ -72,7 +70,9 @@ class BandFiller {
   }
 
   // The vectors of whole steps.
-  int64_t whole() const { return kIsInPlace<is_a, false, T> ? 0 : whole_depth_ / kTileDepth * kBand; }
+  int64_t whole() const {
+    return is_a && steps_in_place<T>(lines_, depth_) > 0 ? 0 : whole_depth_ / kTileDepth * kBand;
+  }
 
  private:
   const Lines<T> of_;
@@ -83,19 +83,13 @@ class BandFiller {
   vec_uint most_{};
 };
 
-// A band of operand a: the first steps where they lie in memory, where whole tiles can be read there, the others in
-// tiles.
+// A band of operand a: the first steps where they lie in memory, the others in tiles.
 template <typename T>
 struct BandOfA {
   const bfloat16_pair* tiles;
   Lines<T> in_place;
   int64_t steps_in_place;
 };
-
-template <bool is_transposed, typename T>
-BandOfA<T> band_of_a(const bfloat16_pair* tiles, const Lines<T>& of, int64_t lines, int64_t depth) {
-  return {tiles, of, kIsInPlace<true, is_transposed, T> && lines == kBand ? depth / kTileDepth : 0};
-}
 
 }  // namespace
 }  // namespace torch_mlp::TORCH_MLP_LEVEL

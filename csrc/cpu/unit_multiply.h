@@ -23,6 +23,9 @@ constexpr int64_t kDepthOfRows = 512;
 
 constexpr int64_t kBlock = kBand * kBand;
 
+template <typename T>
+constexpr int kGroupsOfStep = kParts<T> == 1 ? 1 : 6;  // of four tiles
+
 // The shapes of the eight tiles, all of them whole.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -119,41 +122,6 @@ TORCH_MLP_INLINE void multiply_bands(const BandOfA<T>& a, const bfloat16_pair* b
   _tile_stored(2, lower, stride);
   _tile_stored(3, lower + kTileSide, stride);
 }
-template <typename T>
-constexpr int kGroupsOfStep = kParts<T> == 1 ? 1 : 6;  // of four tiles
-
-// For scripts/bench.py: products of tiles that wait for nothing, as many as a step of multiply_bands has. Of numbers
-// like any others, for the unit multiplies zeros faster.
-constexpr int64_t kSplitMultiplyAddsOfRound = kBand * kBand * kTileDepth;
-
-float split_multiply_adds(int64_t rounds) {
-  bfloat16_pair operands[4 * kTilePairs];
-  uint32_t random = 1;
-  for (bfloat16_pair& pair : operands) {
-    random = random * 1664525 + 1013904223;
-    pair.bits = (random & 0x80ff80ff) | 0x3e003e00;
-  }
-  float sums[kTilePairs];
-  _tile_loadconfig(&kTileShapes);
-  asm volatile("" ::: "memory");
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_loadd(4, operands, kTileRowBytes);
-  _tile_loadd(5, operands + kTilePairs, kTileRowBytes);
-  _tile_loadd(6, operands + 2 * kTilePairs, kTileRowBytes);
-  _tile_loadd(7, operands + 3 * kTilePairs, kTileRowBytes);
-  for (int64_t i = 0; i < kGroupsOfStep<float> * rounds; ++i) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums, kTileRowBytes);
-  _tile_release();
-  return sums[0];
-}
 
 // The lines of both operands that a thread multiplies, all of the depth.
 template <typename T>
@@ -218,13 +186,14 @@ struct UnitScratch {
   int64_t band() const { return most_depth / kTileDepth * kStepPairs<T>; }
   int64_t bands() const { return most_lines / kBand * band(); }
   int64_t sums() const { return bands() + 2 * band(); }
-  int64_t blocks() const { return keeps_sums ? most_lines / kBand * (most_streaming / kBand) : 2; }
+  int64_t blocks() const { return keeps_sums ? most_lines / kBand * (most_streaming / kBand) : 1; }
   int64_t turned() const { return sums() + blocks() * kBlock; }
   int64_t floats() const { return turned() + kBlock; }
   int64_t size() const { return floats() + (std::is_same_v<T, float> ? most_depth * (kBand + kPanelCols) : 0); }
 };
 
-// The last block of sums, until it is finished: step by step, while the unit multiplies the next.
+// The last block of sums, until it is finished: step by step, while the unit multiplies the next, before whose sums are
+// stored.
 template <typename Result>
 class Finisher {
  public:
@@ -257,7 +226,6 @@ class Finisher {
 // transposed.
 template <bool streams_a, bool is_transposed, typename T, typename Result>
 void multiply_by_unit(const UnitWork<T>& work, const UnitScratch<T>& sizes, float* scratch, const Result& result) {
-  constexpr bool a_is_transposed = is_transposed && !streams_a;
   auto* const resident = reinterpret_cast<bfloat16_pair*>(scratch);
   bfloat16_pair *streaming = resident + sizes.bands(), *next_streaming = streaming + sizes.band();
   float* const spare_blocks = scratch + sizes.sums();
@@ -289,18 +257,17 @@ void multiply_by_unit(const UnitWork<T>& work, const UnitScratch<T>& sizes, floa
             for (int64_t i = 0; i < bands; ++i) {
               const bfloat16_pair* const resident_band = resident + i * steps * kStepPairs<T>;
               const UnitPart to = part(line + i * kBand, min(lines - i * kBand, kBand));
-              const int64_t number = (band - first) / kBand * bands + i;
-              float* const spare = spare_blocks + (sizes.keeps_sums ? number : number % 2) * kBlock;
+              const int64_t number = sizes.keeps_sums ? (band - first) / kBand * bands + i : 0;
+              float* const spare = spare_blocks + number * kBlock;
               const Matrix sums = result.block(to, {spare, kBand});
-              const Lines<T> of_a = streams_a ? work.streaming.from(band, p) : work.resident.from(line + i * kBand, p);
-              const auto a = band_of_a<a_is_transposed>(streams_a ? streaming : resident_band, of_a, to.rows, depth);
+              const BandOfA<T> a{streams_a ? streaming : resident_band, work.streaming.from(band, p),
+                                 streams_a ? steps_in_place<T>(to.rows, depth) : 0};
               const int64_t finishing = ceil_div(finisher.steps(), steps * kGroupsOfStep<T>);
               multiply_bands<streams_a>(a, streams_a ? resident_band : streaming, steps, sums,
                                         sizes.keeps_sums && !to.is_first, [&] {
                                           finisher.some(finishing);
                                           next.fill_some(vectors);
                                         });
-              finisher.rest();
               finisher.start(to, sums);
             }
           } else if constexpr (std::is_same_v<T, float>) {
