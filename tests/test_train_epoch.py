@@ -74,6 +74,7 @@ def check_against_stock(
     dtype=torch.float32,
     precision="full",
     device="cpu",
+    times_as_accurate=1,
 ):
     """Parameters and losses no further from float64 than those of stock torch in the same dtype or with autocast."""
     torch.manual_seed(0)
@@ -106,7 +107,8 @@ def check_against_stock(
         ours = ours.detach().cpu()
         error = (ours.double() - true).square().mean().sqrt()
         if error > slack:
-            assert_no_less_accurate(ours, theirs, true)
+            bound = true + (theirs.double() - true) / times_as_accurate
+            assert_no_less_accurate(ours, bound.to(dtype), true)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -147,10 +149,11 @@ def test_any_sizes_against_float64(widths, count, batch_size, kind, threads):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["sparse", "dense", "floats"])
-@pytest.mark.parametrize("hidden", [[], [18], [33], [150, 21], [17, 40, 19]], ids=str)
-def test_bfloat16_is_as_accurate_as_autocast(threads, kind, hidden):
+@pytest.mark.parametrize("hidden", [[], [18], [33], [150, 21], [17, 40, 19], [1600, 40]], ids=str)
+def test_bfloat16_is_ten_times_as_accurate_as_autocast(threads, kind, hidden):
+    """Which rounds outputs, gradients and their sums too. The widest layer is summed in two parts by a matrix unit."""
     torch.set_num_threads(threads)
-    check_against_stock([61, *hidden, 23], kind, 150, 63, precision="bf16")
+    check_against_stock([61, *hidden, 23], kind, 150, 63, precision="bf16", times_as_accurate=15)
 
 
 @pytest.mark.parametrize("activation", STOCK)

@@ -1,7 +1,7 @@
 // Products of matrices by AMX, the matrix unit of Intel's processors since Sapphire Rapids. It multiplies bfloat16 and
 // sums in float. A float is split into three bfloat16 (split_floats.h): the six products of these that count take 6/16
 // of the time of one product of floats, and their sums have no more rounding errors. What the three parts cannot hold
-// is multiplied by the tiles of gemm.h. Products of bfloat16 are rounded to bfloat16 once, at the end.
+// is multiplied by the tiles of gemm.h. Products of bfloat16 stay float, or are rounded to bfloat16 once, at the end.
 //
 // The longer operand streams, unless it lies in memory transposed:
 //
@@ -46,16 +46,16 @@ TORCH_MLP_INLINE void finish_rows(Matrix sums, const float* bias, int64_t rows, 
 }
 
 // The same of some rows of a block, in a function of its own: it is called between the products of tiles.
-template <typename T>
+template <typename Out>
 __attribute__((noinline)) void finish_some_rows(ActivationKind kind, bool adds, int64_t begin, int64_t rows,
-                                                int64_t cols, Matrix sums, const float* bias, Rows<T> c) {
+                                                int64_t cols, Matrix sums, const float* bias, Rows<Out> c) {
   rows = min(rows - begin, kRowsToFinish);
   sums.data += begin * sums.stride;
   c.data += begin * c.stride;
   dispatch(kind, [&](auto act) {
     const auto finish = [&](auto is_whole) {
-      if (kAddsInC<T> && adds) {
-        finish_rows<act.value, kAddsInC<T>, is_whole.value>(sums, bias, rows, cols, c);
+      if (kAddsInC<Out> && adds) {
+        finish_rows<act.value, kAddsInC<Out>, is_whole.value>(sums, bias, rows, cols, c);
       } else {
         finish_rows<act.value, false, is_whole.value>(sums, bias, rows, cols, c);
       }
@@ -66,50 +66,50 @@ __attribute__((noinline)) void finish_some_rows(ActivationKind kind, bool adds, 
 
 // --- product: c = a b or a^T b. The longer operand streams, but not a^T. ---
 
-template <typename T>
-bool streams_a(const Product<T, T>& self) {
+template <typename T, typename Out>
+bool streams_a(const Product<T, Out>& self) {
   return !self.a_transposed && (std::is_same_v<T, bfloat16_bits> || self.rows > self.cols);
 }
 
-template <typename T>
-int64_t unit_product_tasks(const Product<T, T>& self) {
+template <typename T, typename Out>
+int64_t unit_product_tasks(const Product<T, Out>& self) {
   return unit_tasks(self.rows, self.cols);
 }
 
-template <typename T>
-UnitScratch<T> cut(const Product<T, T>& self) {
+template <typename T, typename Out>
+UnitScratch<T, Out> cut(const Product<T, Out>& self) {
   if (streams_a(self)) {
-    return UnitScratch<T>(self.cols, self.rows, self.depth);
+    return {self.cols, self.rows, self.depth};
   }
   const bool are_rows = self.a_transposed && std::is_same_v<T, bfloat16_bits>;
-  return UnitScratch<T>(self.rows, self.cols, self.depth, are_rows ? kDepthOfRows : kUnitDepth<T>);
+  return {self.rows, self.cols, self.depth, are_rows ? kDepthOfRows : kUnitDepth<T>};
 }
 
-template <typename T>
-int64_t unit_product_scratch(const Product<T, T>& self) {
+template <typename T, typename Out>
+int64_t unit_product_scratch(const Product<T, Out>& self) {
   return cut(self).size() * sizeof(float) / sizeof(T);
 }
 
-template <typename T>
+template <typename T, typename Out>
 struct UnitProductResult {
-  const Product<T, T>& self;
+  const Product<T, Out>& self;
   float* scratch;
 
-  bool adds(const UnitPart& part) const { return self.accumulates || (kAddsInC<T> && !part.is_first); }
-  Rows<T> c(const UnitPart& part) const { return {self.c.data + part.row * self.c.stride + part.col, self.c.stride}; }
+  bool adds(const UnitPart& part) const { return self.accumulates || (kAddsInC<Out> && !part.is_first); }
+  Rows<Out> c(const UnitPart& part) const { return {self.c.data + part.row * self.c.stride + part.col, self.c.stride}; }
   bool is_in_place(const UnitPart& part) const {
-    return std::is_same_v<T, float> && part.rows == kBand && part.cols == kBand && !adds(part);
+    return std::is_same_v<Out, float> && part.rows == kBand && part.cols == kBand && !adds(part);
   }
 
   Matrix block(const UnitPart& part, Matrix spare) const {
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (std::is_same_v<Out, float>) {
       return is_in_place(part) ? c(part) : spare;
     } else {
       return spare;
     }
   }
   int64_t steps_to_finish(const UnitPart& part) const {
-    const bool is_finished = is_in_place(part) || (!kAddsInC<T> && !part.is_last);
+    const bool is_finished = is_in_place(part) || (!kAddsInC<Out> && !part.is_last);
     return is_finished ? 0 : ceil_div(part.rows, kRowsToFinish);
   }
   void finish(const UnitPart& part, Matrix sums, int64_t step) const {
@@ -127,12 +127,12 @@ struct UnitProductResult {
   }
 };
 
-template <typename T>
-void unit_product(const Product<T, T>& self, int64_t begin, int64_t end, T* scratch) {
+template <typename T, typename Out>
+void unit_product(const Product<T, Out>& self, int64_t begin, int64_t end, T* scratch) {
   const Lines<T> a = lines_of(self.a, self.a_transposed), b = lines_of(self.b, true);
-  const UnitScratch<T> sizes = cut(self);
+  const UnitScratch<T, Out> sizes = cut(self);
   float* const memory = reinterpret_cast<float*>(scratch);
-  const UnitProductResult<T> result{self, memory + sizes.floats()};
+  const UnitProductResult<T, Out> result{self, memory + sizes.floats()};
   if (streams_a(self)) {
     const UnitWork<T> work(b, self.cols, a, self.rows, self.depth, begin, end);
     multiply_by_unit<true, false>(work, sizes, memory, result);
@@ -152,14 +152,14 @@ bool streams_x(const LinearShape& shape) { return shape.batch > shape.out_featur
 
 int64_t unit_linear_tasks(const LinearShape& shape) { return unit_tasks(shape.batch, shape.out_features); }
 
-template <typename T>
-UnitScratch<T> cut(const LinearShape& shape) {
-  return UnitScratch<T>(min(shape.batch, shape.out_features), max(shape.batch, shape.out_features), shape.in_features);
+template <typename T, typename Out>
+UnitScratch<T, Out> cut(const LinearShape& shape) {
+  return {min(shape.batch, shape.out_features), max(shape.batch, shape.out_features), shape.in_features};
 }
 
-template <typename T>
+template <typename T, typename Out>
 int64_t unit_linear_scratch(const LinearShape& shape) {
-  return cut<T>(shape).size() * sizeof(float) / sizeof(T);
+  return cut<T, Out>(shape).size() * sizeof(float) / sizeof(T);
 }
 
 // A quarter of a block, transposed.
@@ -174,9 +174,9 @@ void turn_quarter(Matrix sums, int64_t quarter, Matrix turned) {
 }
 
 // Of parts of y, or of y^T.
-template <bool is_transposed, typename T>
+template <bool is_transposed, typename T, typename Out>
 struct UnitLinearResult {
-  const LinearForward<T, T>& self;
+  const LinearForward<T, Out>& self;
   Matrix turned;
   float* scratch;
   static constexpr int64_t kTurns = is_transposed ? 4 : 0;
@@ -186,7 +186,7 @@ struct UnitLinearResult {
                ? UnitPart{part.col, part.cols, part.row, part.rows, part.p, part.depth, part.is_first, part.is_last}
                : part;
   }
-  Rows<T> y(const UnitPart& part) const {
+  Rows<Out> y(const UnitPart& part) const {
     return {self.output.data + part.row * self.output.stride + part.col, self.output.stride};
   }
   const float* bias(const UnitPart& part) const { return self.bias && part.is_last ? self.bias + part.col : nullptr; }
@@ -194,14 +194,14 @@ struct UnitLinearResult {
   Matrix block(const UnitPart&, Matrix spare) const { return spare; }
 
   int64_t steps_to_finish(const UnitPart& part) const {
-    return kAddsInC<T> || part.is_last ? kTurns + ceil_div(of_y(part).rows, kRowsToFinish) : 0;
+    return kAddsInC<Out> || part.is_last ? kTurns + ceil_div(of_y(part).rows, kRowsToFinish) : 0;
   }
   void finish(const UnitPart& part, Matrix sums, int64_t step) const {
     if (step < kTurns) {
       return turn_quarter(sums, step, turned);
     }
     const UnitPart to = of_y(part);
-    finish_some_rows(to.is_last ? self.activation : ActivationKind::Identity, kAddsInC<T> && !to.is_first,
+    finish_some_rows(to.is_last ? self.activation : ActivationKind::Identity, kAddsInC<Out> && !to.is_first,
                      (step - kTurns) * kRowsToFinish, to.rows, to.cols, is_transposed ? turned : sums, bias(to), y(to));
   }
 
@@ -224,19 +224,19 @@ struct UnitLinearResult {
   }
 };
 
-template <typename T>
-void unit_linear(const LinearForward<T, T>& self, int64_t begin, int64_t end, T* scratch) {
+template <typename T, typename Out>
+void unit_linear(const LinearForward<T, Out>& self, int64_t begin, int64_t end, T* scratch) {
   const auto& [batch, ins, outs] = self.shape;
   const Lines<T> x = lines_of(self.input, false), w = lines_of(self.weight, false);
-  const UnitScratch<T> sizes = cut<T>(self.shape);
+  const UnitScratch<T, Out> sizes = cut<T, Out>(self.shape);
   float *const memory = reinterpret_cast<float*>(scratch), *const floats = memory + sizes.floats();
   const Matrix turned{memory + sizes.turned(), kBand};
   if (streams_x(self.shape)) {
     multiply_by_unit<true, true>(UnitWork<T>(w, outs, x, batch, ins, begin, end), sizes, memory,
-                                 UnitLinearResult<false, T>{self, turned, floats});
+                                 UnitLinearResult<false, T, Out>{self, turned, floats});
   } else {
     multiply_by_unit<true, true>(UnitWork<T>(x, batch, w, outs, ins, begin, end), sizes, memory,
-                                 UnitLinearResult<true, T>{self, turned, floats});
+                                 UnitLinearResult<true, T, Out>{self, turned, floats});
   }
 }
 

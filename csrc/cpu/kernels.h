@@ -43,7 +43,7 @@ struct LinearShape {
   int64_t batch, in_features, out_features;
 };
 
-// T is float, or bfloat16_pair with in_features counted in pairs.
+// T is float or bfloat16_bits, or bfloat16_pair with in_features counted in pairs.
 template <typename T, typename Out = float>
 struct LinearForward {
   LinearShape shape;
@@ -61,7 +61,7 @@ struct Product {
   bool a_transposed;
   Rows<const T> b;  // (depth, cols)
   Rows<Out> c;
-  bool accumulates = false;  // c += the product; not of bfloat16, whose sums would be rounded again
+  bool accumulates = false;  // c += the product; not in bfloat16, where the sums would be rounded again
 };
 
 // What depends on the caches of the processor, see kernels.cpp. How products are cut:
@@ -211,6 +211,7 @@ struct Kernels {
   // By a matrix unit, see gemm_amx.h; all are null where the processor has none.
   ProductKernels<float> unit_float;
   ProductKernels<bfloat16_bits, bfloat16_bits> unit_bfloat16;
+  ProductKernels<bfloat16_bits> unit_into_float;
   ProductKernels<bfloat16_pair> products_bfloat16;
   Bfloat16Kernels into_bfloat16;
 
@@ -266,10 +267,13 @@ extern const Kernels kernels;
 // names; chosen at the first call.
 const Kernels& kernels();
 
+// Those of products into float by vectors, or of single bfloat16 by a matrix unit.
 template <typename T>
 const ProductKernels<T>& product_kernels() {
   if constexpr (std::is_same_v<T, float>) {
     return kernels().products_float;
+  } else if constexpr (std::is_same_v<T, bfloat16_bits>) {
+    return kernels().unit_into_float;
   } else {
     return kernels().products_bfloat16;
   }

@@ -36,17 +36,24 @@ TORCH_MLP_PUSH_TARGET(TORCH_MLP_TARGET)
 
 namespace torch_mlp::TORCH_MLP_LEVEL {
 
+#if defined(TORCH_MLP_HAS_AMX)
+template <typename T, typename Out>
+constexpr ProductKernels<T, Out> unit_products{
+    unit_linear_tasks,          unit_linear_scratch<T, Out>,  unit_linear<T, Out>,
+    unit_product_tasks<T, Out>, unit_product_scratch<T, Out>, unit_product<T, Out>};
+#endif
+
 const Kernels kernels{
     TORCH_MLP_LEVEL_NAME,
     kLanes,
     {linear_tasks<float>, linear_scratch<float>, linear<float, float>, product_tasks<float>, product_scratch<float>,
      product<float>},
 #if defined(TORCH_MLP_HAS_AMX)
-    {unit_linear_tasks, unit_linear_scratch<float>, unit_linear<float>, unit_product_tasks<float>,
-     unit_product_scratch<float>, unit_product<float>},
-    {unit_linear_tasks, unit_linear_scratch<bfloat16_bits>, unit_linear<bfloat16_bits>,
-     unit_product_tasks<bfloat16_bits>, unit_product_scratch<bfloat16_bits>, unit_product<bfloat16_bits>},
+    unit_products<float, float>,
+    unit_products<bfloat16_bits, bfloat16_bits>,
+    unit_products<bfloat16_bits, float>,
 #else
+    {},
     {},
     {},
 #endif

@@ -307,12 +307,7 @@ class Trainer {
         images_.bytes ? table_.normalize_bytes(images_.bytes + image * features, features, scale, shift, to)
                       : table_.normalize_floats(images_.floats + image * features, features, scale, shift, to);
         if (!is_kept && (is_second || b + 1 == size)) {
-          const Rows<bfloat16_pair> columns = input.columns, rows = input.rows;
-          const int64_t first = b / 2 * 2, count = is_second ? 2 : 1;
-          Operand{{of_threads_[t].workspace.gradient, features},
-                  {columns.data + first * columns.stride, columns.stride},
-                  {rows.data + first / 2 * rows.stride, rows.stride}}
-              .pair({0, count}, {0, features});
+          input.pair_from({of_threads_[t].workspace.gradient, features}, {b / 2 * 2, b + 1}, {0, features});
         }
       }
     }

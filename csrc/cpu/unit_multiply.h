@@ -161,20 +161,23 @@ struct UnitPart {
 
 // Whether the sums of one part of the depth are added to those of the others in c; else in scratch memory, and c is
 // written once.
-template <typename T>
-constexpr bool kAddsInC = std::is_same_v<T, float>;
+template <typename Out>
+constexpr bool kAddsInC = std::is_same_v<Out, float>;
 
 // What a thread cuts its work into, whole bands and steps, and its scratch memory of floats or pairs: a block of the
-// resident operand and two bands of the other, blocks of sums, and what the products by floats need.
-template <typename T>
+// resident operand and two bands of the other, blocks of sums, and what the products by floats need. Where sums are
+// added in c, there is room for fewer lines and less depth too, which may be cut into larger parts.
+template <typename T, typename Out>
 struct UnitScratch {
-  int64_t most_lines, most_depth, most_streaming;
+  int64_t most_lines, most_depth, most_streaming, room_lines, room_depth;
   bool keeps_sums;  // of all blocks, until the last part of the depth
 
   UnitScratch(int64_t resident_lines, int64_t streaming_lines, int64_t depth, int64_t about = kUnitDepth<T>)
       : most_lines(bands_of(resident_lines, kResidentLines<T>)),
         most_depth(ceil_div(equal_part(depth, about), kTileDepth) * kTileDepth),
-        keeps_sums(!kAddsInC<T> && most_depth < depth) {
+        room_lines(min(ceil_div(resident_lines, kBand) * kBand, kResidentLines<T>)),
+        room_depth(ceil_div(min(depth, about * 3 / 2), kTileDepth) * kTileDepth),
+        keeps_sums(!kAddsInC<Out> && most_depth < depth) {
     most_streaming = bands_of(streaming_lines, keeps_sums ? kStreamingLines : streaming_lines);
   }
 
@@ -183,13 +186,13 @@ struct UnitScratch {
     return ceil_div(ceil_div(lines, ceil_div(lines, most)), kBand) * kBand;
   }
 
-  int64_t band() const { return most_depth / kTileDepth * kStepPairs<T>; }
-  int64_t bands() const { return most_lines / kBand * band(); }
+  int64_t band() const { return room_depth / kTileDepth * kStepPairs<T>; }
+  int64_t bands() const { return room_lines / kBand * band(); }
   int64_t sums() const { return bands() + 2 * band(); }
   int64_t blocks() const { return keeps_sums ? most_lines / kBand * (most_streaming / kBand) : 1; }
   int64_t turned() const { return sums() + blocks() * kBlock; }
   int64_t floats() const { return turned() + kBlock; }
-  int64_t size() const { return floats() + (std::is_same_v<T, float> ? most_depth * (kBand + kPanelCols) : 0); }
+  int64_t size() const { return floats() + (std::is_same_v<T, float> ? room_depth * (kBand + kPanelCols) : 0); }
 };
 
 // The last block of sums, until it is finished: step by step, while the unit multiplies the next, before whose sums are
@@ -224,8 +227,8 @@ class Finisher {
 // called so many times as result.steps_to_finish(part) says; or, where the sums would not be exact,
 // result.multiply_floats(part) for all resident lines at once. Whether a streams, or b; whether the resident operand is
 // transposed.
-template <bool streams_a, bool is_transposed, typename T, typename Result>
-void multiply_by_unit(const UnitWork<T>& work, const UnitScratch<T>& sizes, float* scratch, const Result& result) {
+template <bool streams_a, bool is_transposed, typename T, typename Out, typename Result>
+void multiply_by_unit(const UnitWork<T>& work, const UnitScratch<T, Out>& sizes, float* scratch, const Result& result) {
   auto* const resident = reinterpret_cast<bfloat16_pair*>(scratch);
   bfloat16_pair *streaming = resident + sizes.bands(), *next_streaming = streaming + sizes.band();
   float* const spare_blocks = scratch + sizes.sums();

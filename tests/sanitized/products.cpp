@@ -133,7 +133,9 @@ bool is_right(const Kernels& kernels, const Sizes& sizes) {
     for (const bool accumulates : {false, true}) {
       if (!multiplies<Product<float>, float, float>(kernels.products_float, sizes, a_transposed, accumulates) ||
           (has_unit &&
-           !multiplies<Product<float>, float, float>(kernels.unit_float, sizes, a_transposed, accumulates)) ||
+           (!multiplies<Product<float>, float, float>(kernels.unit_float, sizes, a_transposed, accumulates) ||
+            !multiplies<Product<bfloat16_bits>, bfloat16_bits, float>(kernels.unit_into_float, sizes, a_transposed,
+                                                                      accumulates))) ||
           !multiplies<Product<bfloat16_pair>, bfloat16_pair, float>(kernels.products_bfloat16, sizes, a_transposed,
                                                                     accumulates)) {
         return false;
@@ -148,7 +150,8 @@ bool is_right(const Kernels& kernels, const Sizes& sizes) {
     }
   }
   return maps(kernels.products_float, sizes) && maps(kernels.products_bfloat16, sizes) &&
-         (!has_unit || (maps(kernels.unit_float, sizes) && maps(kernels.unit_bfloat16, sizes)));
+         (!has_unit || (maps(kernels.unit_float, sizes) && maps(kernels.unit_bfloat16, sizes) &&
+                        maps(kernels.unit_into_float, sizes)));
 }
 
 std::vector<const Kernels*> levels() {

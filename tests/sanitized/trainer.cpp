@@ -89,7 +89,8 @@ bool is_enough_for_shorter(const ProductKernels<T>& table) {
 }  // namespace
 
 int main() {
-  if (!is_enough_for_shorter(kernels().products_float) || !is_enough_for_shorter(kernels().products_bfloat16)) {
+  if (!is_enough_for_shorter(kernels().products_float) || !is_enough_for_shorter(kernels().products_bfloat16) ||
+      (has_unit() && !is_enough_for_shorter(kernels().unit_into_float))) {
     return 1;
   }
   const std::vector<std::vector<int64_t>> networks{
