@@ -99,7 +99,8 @@ def train_epoch(
         shift: added to them after that.
         precision: "full" computes in the dtype of the parameters; "bf16" multiplies in bfloat16 where that saves time
             and sums in float32, of parameters that are kept and moved in float32: 1.5 to 2.5 times as fast where the
-            processor has bfloat16 products and most pixels are not 0; on a GPU for large networks only.
+            processor has a matrix unit, or is AMD's and has bfloat16 products, and most pixels are not 0; on a GPU for
+            large networks only.
         engine: "epoch" for the compiled op, "autograd" for single steps, "auto" for the first where it can be used.
         progress: called between minibatches with the number of images since the last call and the last mean loss.
 
