@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported, see scripts/train_mnist.py
@@ -54,6 +57,19 @@ def compiler() -> str:
     if found is None:
         pytest.skip("needs g++ or clang++")
     return found
+
+
+def compile_objects(command: list[str], sources: Iterable[Path], folder: Path) -> list[Path]:
+    """What a compiler, called so, makes of each source, in the folder."""
+
+    def compile_one(source: Path) -> Path:
+        result = folder / f"{source.stem}.o"
+        finished = subprocess.run([*command, "-c", source, "-o", result], capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
 
 
 @pytest.fixture(scope="session")

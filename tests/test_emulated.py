@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import compile_objects
 from test_ops import SAMPLES, results_of
 from torch.utils import cpp_extension
 
@@ -96,15 +96,8 @@ def emulated(compiler, tmp_path_factory):
     flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-DTORCH_MLP_WITH_CUDA", "-DUSE_CUDA"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-isystem{path}" for path in (toolkit, *cpp_extension.include_paths())]
-
-    def compiled(source):
-        command = [compiler, *flags, "-x", "c++", "-c", source, "-o", source.with_suffix(".o")]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
-        return source.with_suffix(".o")
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [folder / "ops.cpp", *sorted(folder.glob("cuda/*.cu"))]))
+    sources = [folder / "ops.cpp", *sorted(folder.glob("cuda/*.cu"))]
+    objects = compile_objects([compiler, *flags, "-x", "c++"], sources, folder)
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-Wl,--no-as-needed", "-ltorch_cuda"]
     subprocess.run([compiler, "-shared", *objects, *libraries, "-o", folder / "ops.so"], check=True)

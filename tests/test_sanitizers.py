@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import compile_objects
 from torch.utils import cpp_extension
 
 TESTS = Path(__file__).parent
@@ -25,15 +25,9 @@ def test_sanitized(sanitizer, compiler, tmp_path):
     programs = {"trained": [TESTS / "sanitized" / "trainer.cpp", CPU_SOURCES / "kernels.cpp", *levels]}
     if sanitizer != "thread":  # this one has no threads
         programs["multiplied"] = [TESTS / "sanitized" / "products.cpp", *levels]
-    objects = {source: tmp_path / f"{source.stem}.o" for sources in programs.values() for source in sources}
-
-    def compile_one(source):
-        command = [compiler, *flags, "-c", source, "-o", objects[source]]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for compiled in pool.map(compile_one, objects):
-            assert compiled.returncode == 0, compiled.stderr
+    all_sources = list({source: None for sources in programs.values() for source in sources})
+    compiled = compile_objects([compiler, *flags], all_sources, tmp_path)
+    objects = dict(zip(all_sources, compiled, strict=True))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += [f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-pthread"]
     # What torch's libraries keep until the end is not ours.

@@ -27,13 +27,13 @@ struct ExpParts {
 template <int count>
 TORCH_MLP_INLINE ExpParts<count> split_exp(const vec (&x)[count]) {
   ExpParts<count> parts;
-  auto& [n, r, p, power] = parts;
+  auto &n = parts.n, &r = parts.r, &p = parts.p;
   // Adding 1.5 * 2^23 rounds to an integer, and with 127 more its lowest bits are the exponent of 2^n. log(2) is
   // subtracted in two parts, of which n times the first is exact (Cody and Waite, Software Manual for the Elementary
   // Functions, 1980, chapter 6).
   constexpr float to_integer = 12582912.0f + 127;
   for_each<count>([&](int j) { n[j] = x[j] * 1.44269504f + to_integer; });
-  for_each<count>([&](int j) { power[j] = (vec_uint)n[j] << 23; });
+  for_each<count>([&](int j) { parts.power[j] = (vec_uint)n[j] << 23; });
   for_each<count>([&](int j) { n[j] -= to_integer; });
   for_each<count>([&](int j) { r[j] = x[j] - n[j] * 0.693145752f; });
   for_each<count>([&](int j) { r[j] -= n[j] * 1.42860677e-6f; });
@@ -58,10 +58,11 @@ TORCH_MLP_INLINE vec scale_by_power_of_two(vec value, [[maybe_unused]] vec n, [[
 template <int count>
 TORCH_MLP_INLINE void exp_below_overflow(vec (&x)[count]) {
   for_each<count>([&](int j) { x[j] = maximum_of(broadcast(-104.0f), x[j]); });  // exp(-104) is 0
-  const auto [n, r, p, power] = split_exp(x);
+  const auto parts = split_exp(x);
+  const auto &r = parts.r, &p = parts.p;
   for_each<count>([&](int j) { x[j] = p[j] * r[j] + 1.0f; });
   for_each<count>([&](int j) { x[j] = x[j] * r[j] + 1.0f; });
-  for_each<count>([&](int j) { x[j] = scale_by_power_of_two(x[j], n[j], power[j]); });
+  for_each<count>([&](int j) { x[j] = scale_by_power_of_two(x[j], parts.n[j], parts.power[j]); });
 }
 
 TORCH_MLP_INLINE vec exp_below_overflow(vec x) {
