@@ -14,27 +14,26 @@ CPU_SOURCES = TESTS.parent / "csrc" / "cpu"
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_sanitized(sanitizer, compiler, tmp_path):
-    # Checking addresses and undefined behaviour, the compiler takes minutes to optimize the kernels.
-    level = "-O1" if sanitizer == "thread" else "-O0"
-    flags = ["-std=c++17", level, "-g", "-w", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-g", "-w", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in cpp_extension.include_paths())]
     probe = ["-x", "c++", "-", "-o", str(tmp_path / "probe")]
     if subprocess.run([compiler, *flags, *probe], input="int main() {}", text=True, capture_output=True).returncode:
         pytest.skip(f"needs the sanitizers {sanitizer} of {compiler}")
-    levels = [*CPU_SOURCES.glob("level_*.cpp"), CPU_SOURCES / "amx.cpp"]
-    programs = {"trained": [TESTS / "sanitized" / "trainer.cpp", CPU_SOURCES / "kernels.cpp", *levels]}
+    # Checking addresses and undefined behaviour, the compiler takes minutes to optimize the kernels.
+    level = "-O1" if sanitizer == "thread" else "-O0"
+    kernels = [*CPU_SOURCES.glob("level_*.cpp"), CPU_SOURCES / "amx.cpp"]
+    kernel_objects = compile_objects([compiler, *flags, level], kernels, tmp_path)
+    programs = {"trained": [TESTS / "sanitized" / "trainer.cpp", CPU_SOURCES / "kernels.cpp"]}
     if sanitizer != "thread":  # this one has no threads
-        programs["multiplied"] = [TESTS / "sanitized" / "products.cpp", *levels]
-    all_sources = list({source: None for sources in programs.values() for source in sources})
-    compiled = compile_objects([compiler, *flags], all_sources, tmp_path)
-    objects = dict(zip(all_sources, compiled, strict=True))
+        programs["multiplied"] = [TESTS / "sanitized" / "products.cpp"]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += [f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-pthread"]
     # What torch's libraries keep until the end is not ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     for output, sources in programs.items():
         program = tmp_path / output
-        command = [compiler, *flags, *(objects[source] for source in sources), "-o", program, *libraries]
+        objects = compile_objects([compiler, *flags, "-O1"], sources, tmp_path)
+        command = [compiler, *flags, *objects, *kernel_objects, "-o", program, *libraries]
         linked = subprocess.run(command, capture_output=True, text=True)
         assert linked.returncode == 0, linked.stderr
         finished = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
