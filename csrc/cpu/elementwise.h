@@ -85,47 +85,6 @@ void normalize(const T* x, int64_t count, float scale, float shift, float* y) {
   }
 }
 
-// The pairs of columns of x, for the odd last one with a zero.
-template <size_t... lane>
-TORCH_MLP_INLINE vec pairs_in_order(vec left, vec right, std::index_sequence<lane...>) {
-  return pairs_of(TORCH_MLP_SHUFFLE(left, right, int(2 * lane)...),
-                  TORCH_MLP_SHUFFLE(left, right, int(2 * lane + 1)...));
-}
-
-void pair_columns(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>{};
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* from = x.data + i * x.stride;
-    bfloat16_pair* to = pairs.data + i * pairs.stride;
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= cols; j += 2 * kLanes) {
-      store(to + j / 2, pairs_in_order(load(from + j), load(from + j + kLanes), lanes));
-    }
-    if (const int64_t left = cols - j; left > 0) {
-      const vec first = load_part(from + j, min(left, kLanes));
-      const vec second = left > kLanes ? load_part(from + j + kLanes, left - kLanes) : vec{};
-      store_part(to + j / 2, pairs_in_order(first, second, lanes), ceil_div(left, 2));
-    }
-  }
-}
-
-// The pairs of rows of x, for the odd last one with zeros.
-void pair_rows(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs) {
-  const int64_t whole = whole_vectors(cols), rest = cols - whole;
-  for (int64_t i = 0; i < rows; i += 2) {
-    const float* from = x.data + i * x.stride;
-    bfloat16_pair* to = pairs.data + i / 2 * pairs.stride;
-    const bool is_pair = i + 1 < rows;
-    for (int64_t j = 0; j < whole; j += kLanes) {
-      store(to + j, pairs_of(load(from + j), is_pair ? load(from + x.stride + j) : vec{}));
-    }
-    if (rest) {
-      const vec second = is_pair ? load_part(from + x.stride + whole, rest) : vec{};
-      store_part(to + whole, pairs_of(load_part(from + whole, rest), second), rest);
-    }
-  }
-}
-
 // value moves by a step of SGD.
 template <bool has_velocity>
 TORCH_MLP_INLINE void sgd_vector(float* value, float* velocity, vec gradient, const SgdStep& step) {

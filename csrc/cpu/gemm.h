@@ -13,8 +13,8 @@
 // says and where it ends within a vector. A few rows of x, or a few outputs, go by dot products along in_features
 // instead (dots.h).
 //
-// All of it is there for float and for bfloat16_pair, whose matrices hold two bfloat16 along the depth in an element,
-// so that the depth is half as long, and which are summed in float.
+// All of it is there for float and, where the processor multiplies them, for bfloat16_pair, whose matrices hold two
+// bfloat16 along the depth in an element, so that the depth is half as long, and which are summed in float.
 //
 // The tiles' sums over a long depth are cut at about tuning().depth, for cache and for accuracy. Every element is
 // summed in the same order whichever thread computes it. For level.h.

@@ -90,8 +90,8 @@ struct ProductKernels {
 // A product of bfloat16 as they lie in memory, one by one, into bfloat16.
 using Bfloat16Product = Product<bfloat16_bits, bfloat16_bits>;
 
-// Products into bfloat16, summed in float and rounded once, where the processor multiplies pairs; else all are null.
-// The tasks and the scratch memory of linear are those of the pairs.
+// Products into bfloat16, summed in float and rounded once. The tasks and the scratch memory of linear are those of
+// the pairs.
 struct Bfloat16Kernels {
   void (*linear)(const LinearForward<bfloat16_pair, bfloat16_bits>&, int64_t begin, int64_t end,
                  bfloat16_pair* scratch);
@@ -212,8 +212,12 @@ struct Kernels {
   ProductKernels<float> unit_float;
   ProductKernels<bfloat16_bits, bfloat16_bits> unit_bfloat16;
   ProductKernels<bfloat16_bits> unit_into_float;
+  // Of bfloat16 by vectors; all are null where the processor does not multiply pairs.
   ProductKernels<bfloat16_pair> products_bfloat16;
   Bfloat16Kernels into_bfloat16;
+  // The pairs of x in bfloat16: of columns (rows, ceil(cols / 2)), and of rows (ceil(rows / 2), cols).
+  void (*pair_columns)(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs);
+  void (*pair_rows)(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs);
 
   ElementwiseKernels<float> elementwise_float;
   ElementwiseKernels<bfloat16_bits> elementwise_bfloat16;
@@ -231,9 +235,6 @@ struct Kernels {
   // y = scale * x + shift
   void (*normalize_bytes)(const uint8_t* x, int64_t count, float scale, float shift, float* y);
   void (*normalize_floats)(const float* x, int64_t count, float scale, float shift, float* y);
-  // The pairs of x in bfloat16: of columns (rows, ceil(cols / 2)), and of rows (ceil(rows / 2), cols).
-  void (*pair_columns)(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs);
-  void (*pair_rows)(ConstMatrix x, int64_t rows, int64_t cols, Rows<bfloat16_pair> pairs);
   // velocity may be null
   void (*sgd)(float* value, float* velocity, const float* gradient, int64_t count, const SgdStep&);
 

@@ -57,12 +57,17 @@ const Kernels kernels{
     {},
     {},
 #endif
+#if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
     {linear_tasks<bfloat16_pair>, linear_scratch<bfloat16_pair>, linear<bfloat16_pair, float>,
      product_tasks<bfloat16_pair>, product_scratch<bfloat16_pair>, product<bfloat16_pair>},
-#if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
     {linear<bfloat16_pair, bfloat16_bits>, bfloat16_product_tasks, bfloat16_product_scratch, bfloat16_product},
+    pair_columns,
+    pair_rows,
 #else
     {},
+    {},
+    nullptr,
+    nullptr,
 #endif
     {activate<float>, activation_backward<float>},
     {activate<bfloat16_bits>, activation_backward<bfloat16_bits>},
@@ -77,8 +82,6 @@ const Kernels kernels{
      finish_pixels, pixels_update},
     normalize<uint8_t>,
     normalize<float>,
-    pair_columns,
-    pair_rows,
     sgd,
     multiply_adds,
     kMultiplyAddsOfRound,

@@ -147,25 +147,18 @@ TORCH_MLP_INLINE vec load_part(const bfloat16_pair* from, int64_t count) {
 TORCH_MLP_INLINE void store_part(bfloat16_pair* to, vec value, int64_t count) {
   store_part(reinterpret_cast<float*>(to), value, count);
 }
-TORCH_MLP_INLINE vec pairs_of(vec first, vec second) {
-  return (vec)(round_to_bfloat16(first) >> 16 | (round_to_bfloat16(second) & 0xffff0000));
-}
 // Of numbers that are bfloat16.
 TORCH_MLP_INLINE vec exact_pairs_of(vec first, vec second) { return (vec)((vec_uint)first >> 16 | (vec_uint)second); }
 TORCH_MLP_INLINE vec broadcast(bfloat16_pair x) { return (vec)(vec_uint{} + x.bits); }
 
-// sum + a b, of bfloat16_pairs the products of both.
+// sum + a b, of bfloat16_pairs the products of both, where the processor has an instruction for them.
 template <typename T>
 TORCH_MLP_INLINE vec multiply_add(vec a, vec b, vec sum) {
   if constexpr (std::is_same_v<T, float>) {
     return sum + a * b;
-  } else {
 #if defined(TORCH_MLP_HAS_BFLOAT16_DOTS)
+  } else {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    const auto first = [](vec pair) { return (vec)((vec_uint)pair << 16); };
-    const auto second = [](vec pair) { return (vec)((vec_uint)pair & 0xffff0000); };
-    return sum + first(a) * first(b) + second(a) * second(b);
 #endif
   }
 }

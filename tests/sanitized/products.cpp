@@ -128,7 +128,7 @@ bool maps(const ProductKernels<T, Out>& table, const Sizes& sizes) {
 }
 
 bool is_right(const Kernels& kernels, const Sizes& sizes) {
-  const bool has_unit = kernels.unit_float.product;
+  const bool has_unit = kernels.unit_float.product, has_pairs = kernels.products_bfloat16.product;
   for (const bool a_transposed : {false, true}) {
     for (const bool accumulates : {false, true}) {
       if (!multiplies<Product<float>, float, float>(kernels.products_float, sizes, a_transposed, accumulates) ||
@@ -136,8 +136,8 @@ bool is_right(const Kernels& kernels, const Sizes& sizes) {
            (!multiplies<Product<float>, float, float>(kernels.unit_float, sizes, a_transposed, accumulates) ||
             !multiplies<Product<bfloat16_bits>, bfloat16_bits, float>(kernels.unit_into_float, sizes, a_transposed,
                                                                       accumulates))) ||
-          !multiplies<Product<bfloat16_pair>, bfloat16_pair, float>(kernels.products_bfloat16, sizes, a_transposed,
-                                                                    accumulates)) {
+          (has_pairs && !multiplies<Product<bfloat16_pair>, bfloat16_pair, float>(kernels.products_bfloat16, sizes,
+                                                                                  a_transposed, accumulates))) {
         return false;
       }
     }
@@ -149,7 +149,7 @@ bool is_right(const Kernels& kernels, const Sizes& sizes) {
       return false;
     }
   }
-  return maps(kernels.products_float, sizes) && maps(kernels.products_bfloat16, sizes) &&
+  return maps(kernels.products_float, sizes) && (!has_pairs || maps(kernels.products_bfloat16, sizes)) &&
          (!has_unit || (maps(kernels.unit_float, sizes) && maps(kernels.unit_bfloat16, sizes) &&
                         maps(kernels.unit_into_float, sizes)));
 }
