@@ -8,6 +8,8 @@ import pytest
 from conftest import compile_objects
 from torch.utils import cpp_extension
 
+import torch_mlp
+
 TESTS = Path(__file__).parent
 CPU_SOURCES = TESTS.parent / "csrc" / "cpu"
 
@@ -30,12 +32,17 @@ def test_sanitized(sanitizer, compiler, tmp_path):
     libraries += [f"-Wl,-rpath,{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10", "-pthread"]
     # What torch's libraries keep until the end is not ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    # By a matrix unit, where there is one, and then by products of pairs.
+    best = torch_mlp.ops.cpu_capability()
+    levels_of = {"trained": [best, "avx512_bf16"] if best == "amx" else [best], "multiplied": [best]}
     for output, sources in programs.items():
         program = tmp_path / output
         objects = compile_objects([compiler, *flags, "-O1"], sources, tmp_path)
         command = [compiler, *flags, *objects, *kernel_objects, "-o", program, *libraries]
         linked = subprocess.run(command, capture_output=True, text=True)
         assert linked.returncode == 0, linked.stderr
-        finished = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
-        assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
-        assert finished.stdout == f"{output}\n"
+        for forced in levels_of[output]:
+            environment["TORCH_MLP_CPU_CAPABILITY"] = forced
+            finished = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
+            assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
+            assert finished.stdout == f"{output}\n"
