@@ -58,6 +58,8 @@ struct KernelsWin {
 //                            batch 1024       0.95 to 1.05 0.95 to 1.0   0.9 to 1.0
 //                            batch 4096       0.95 to 1.05 0.9 to 0.95   0.85 to 1.0
 //                            10 outputs       1.8 to 3.7   0.9 to 1.7    1.2 to 1.9
+//     two threads            batch 256        0.95 to 1.2
+//                            batch 512 up     0.85 to 1.05, with up to 256 outputs 0.95 to 1.15
 // and AVX2:
 //   AMD Zen 3                batch 1          1.3 to 1.4   1.1 to 1.5    1.0 to 2.3
 //                            batch 8          1.2 to 1.8   0.95 to 1.2   0.8 to 1.4
@@ -74,8 +76,8 @@ KernelsWin kernels_win(const LinearShape& shape) {
   if (faster == Products::Kernels) {
     return {shape.in_features <= most_depth, shape.out_features <= most_depth, true};
   }
-  return {shape.in_features <= most_depth, shape.out_features <= most_depth && shape.batch <= 512,
-          shape.batch <= 64 || shape.out_features <= 16};
+  return {shape.in_features <= most_depth && (shape.batch <= 256 || shape.out_features <= 256),
+          shape.out_features <= most_depth && shape.batch <= 512, shape.batch <= 64 || shape.out_features <= 16};
 }
 
 // The same in bfloat16, identity for activation, where the processor multiplies pairs and no matrix unit wins (see
